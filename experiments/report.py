@@ -81,9 +81,11 @@ def studies(places: Places) -> Iterable[Shown]:
                 break
 
 
-def never_run(places: Places) -> list[str]:
-    """The studies whose scale for accelerators has no result."""
-    return [name for name in every_study("gpu") if not read_study(name, "gpu").results(places)]
+def never_run(places: Places) -> dict[str, list[str]]:
+    """The studies that have no result, by scale."""
+    return {
+        scale: [name for name in every_study(scale) if not read_study(name, scale).results(places)] for scale in SCALES
+    }
 
 
 def compiled_files(root: pathlib.Path) -> list[pathlib.Path]:
@@ -114,7 +116,7 @@ def _front(
     stories: Mapping[str, str],
     shown: Sequence[Shown],
     families: Sequence[str],
-    unrun: Sequence[str],
+    unrun: Mapping[str, Sequence[str]],
 ) -> str:
     every = [result for _, results in shown for result in results]
     of_papers = [finding for finding in findings if finding.claim.of_a_paper]
@@ -148,8 +150,10 @@ def _front(
     for family in families:
         if own := [finding for finding in findings if _family(finding) == family]:
             parts += [f"## {family.replace('_', ' ').capitalize()}", _claims_table(own)]
-    waiting = ", ".join(code(f"configs/{name}.yaml") for name in unrun)
-    parts += ["## Never run", f"The scale `gpu` of these studies has no result: {waiting or 'none'}."]
+    parts.append("## Never run")
+    for scale, names in unrun.items():
+        waiting = ", ".join(code(f"configs/{name}.yaml") for name in names)
+        parts.append(f"The scale {code(scale)} of these studies has no result: {waiting or 'none'}.")
     parts += [f"## {name.capitalize()}\n\n{stories[name]}" for name in ("not done", "dropped") if name in stories]
     return "\n\n".join(parts) + "\n"
 
@@ -193,8 +197,13 @@ def _figure(finding: Finding) -> str:
     if finding.measured is None:
         return ""
     mean, half = finding.measured
-    shown = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
-    return "not reached" if math.isinf(mean) else shown + (f" ± {half:.2g}" if half else "")
+    if math.isinf(mean):
+        return "not reached"
+    if not half:
+        return f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
+    # Both to two digits of the interval.
+    decimals = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f}" if decimals < 6 else f"{mean:.3g} ± {half:.2g}"
 
 
 def _wanted(claim: Claim) -> str:

@@ -100,6 +100,19 @@ def test_one_run_without_an_interval_refutes_nothing():
         assert (finding.verdict, "one run outside the range" in finding.grounds) == (verdict, not certain)
 
 
+@pytest.mark.parametrize(
+    ("measured", "shown"),
+    [
+        ((0.00352, 0.0277), "0.004 ± 0.028"), ((8.22, 4.604), "8.2 ± 4.6"), ((24242.9, 19781.1), "24243 ± 19781"),
+        ((2.86e-7, 1.8e-8), "2.86e-07 ± 1.8e-08"), ((0.655, 0.0), "0.655"), ((54272.0, 0.0), "54272"),
+        ((math.inf, 0.0), "not reached"), (None, ""),
+    ],
+)  # fmt: skip
+def test_a_figure_has_the_digits_of_its_interval(measured, shown):
+    finding = claims.Finding(resolve(claims.Claim, RECORD, {}, "claim"), "reproduced", measured=measured)
+    assert report._figure(finding) == shown
+
+
 def test_a_gate_is_asked_in_deviations_over_seeds(tmp_path):
     exact, favor = [2.0, 2.01, 2.02], [2.3, 2.32, 2.34]
     _write_results(tmp_path, "exact", exact)
