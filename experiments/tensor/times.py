@@ -32,7 +32,8 @@ def figure(records: Frame) -> Figure:
 
     def mark(axes: Any, name: Any, _: Frame) -> None:
         if crossings is not None:
-            for at in crossings[crossings["configuration"] == name]["crossover"]:
+            own = crossings[crossings["configuration"] == name]
+            for at in own.groupby("method")["crossover"].mean():
                 axes.axvline(at, color="0.5", linestyle=":", linewidth=1)
 
     dotted = "" if crossings is None else " (dotted: from where on a polynomial is faster)"
