@@ -219,7 +219,7 @@ def judge(claim: Claim, places: Places = COMMITTED) -> Finding:
         ordering = None if claim.ordering is None else _verdict(claim.ordering, values, mean, half)
         verdict = _verdict(claim.reproduced, values, mean, half)
         if len(values) == 1 and not half and not claim.certain:
-            # One run says nothing about the next.
+            # One run suggests, and refutes nothing.
             if verdict == "not reproduced":
                 missing.append("one run outside the range, without an interval")
             verdict, ordering = (_at_most_suggested(found) for found in (verdict, ordering))
@@ -302,18 +302,27 @@ def _at_most_suggested(verdict: Any) -> Any:
 
 
 def _half_width(claim: Claim, values: Sequence[float], figures: Figures) -> float:
-    """Half of the 95 % interval of the mean: over seeds, or of the fit where there is one seed."""
+    """Half of the 95 % interval of the mean: over seeds, or with one seed that of a fit, or over its trials."""
     if not all(map(math.isfinite, values)):
         return 0.0
     if len(values) > 1:
-        from scipy import stats
-
-        return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        return _half_of_students_t(values)
     fit = dataclasses.replace(claim.metric, figure=f"{claim.metric.figure}_half_width")
     records = figures.runs[fit.configuration, figures.study.seeds[0]].records
-    if claim.against is not None or not any(fit.figure in record for record in records):
+    if claim.against is not None:
         return 0.0
-    return figures.of(fit)[0]
+    if any(fit.figure in record for record in records):
+        return figures.of(fit)[0]
+    # The figure is the median of what independent trials gave.
+    own = next(record for record in records if claim.metric.where.items() <= record.items())
+    trials = [float(x) for x in own.get("trials") or () if x is not None]
+    return _half_of_students_t(trials) if len(trials) > 1 and all(map(math.isfinite, trials)) else 0.0
+
+
+def _half_of_students_t(values: Sequence[float]) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def device_name(machine: Mapping[str, Any]) -> str:

@@ -28,19 +28,25 @@ def parts(records: Frame, by: str = "configuration") -> Iterable[tuple[Any, Fram
 
 
 def spread(figures: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, with three decimals; an infinite figure is a size that none reached."""
+    """Mean and standard deviation over seeds, with three decimals."""
     mean = statistics.fmean(figures)
-    if math.isinf(mean):
-        return "not reached"
     return f"{mean:.3f}" if len(figures) == 1 else f"{mean:.3f} ± {_deviation(figures):.3f}"
 
 
 def significant(figures: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, with two significant digits, as `spread`."""
+    """Mean and standard deviation over seeds, with two significant digits."""
     mean = statistics.fmean(figures)
-    if math.isinf(mean):
-        return "not reached"
     return f"{mean:.2g}" if len(figures) == 1 else f"{mean:.2g} ± {_deviation(figures):.1g}"
+
+
+def reached(figures: Sequence[float]) -> str:
+    """Mean and standard deviation of a least size, or in how many runs no size that was tried was enough."""
+    missed = sum(map(math.isinf, figures))
+    if missed:
+        return "not reached" if missed == len(figures) else f"not reached in {missed} of {len(figures)}"
+    mean = statistics.fmean(figures)
+    digits = 0 if mean >= 10 else 1
+    return f"{mean:.{digits}f}" if len(figures) == 1 else f"{mean:.{digits}f} ± {_deviation(figures):.{digits}f}"
 
 
 def _deviation(figures: Sequence[float]) -> float:

@@ -20,6 +20,7 @@ from approx_attention.core.checks import (
     check_count,
     check_floating,
     check_key,
+    check_number,
     check_positive,
 )
 from approx_attention.core.precision import in_float32
@@ -362,6 +363,7 @@ def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " 
         >>> leverages(jnp.eye(2), ridge=1.0).tolist()
         [0.5, 0.5]
     """
+    check_number("ridge", ridge)
     check_positive("ridge", ridge)
     k = k.astype(accumulation_dtype(k))
     gram = k.T @ k

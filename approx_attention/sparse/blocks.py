@@ -90,7 +90,7 @@ class BlockMap:
 
         Raises:
             ValueError: a mask of another shape, counts below 1.
-            TypeError: a mask that is not boolean.
+            TypeError: a mask that is not boolean, counts that are not integers.
         """
         visited = np.asarray(visited)
         num_queries, num_keys, block_size = check_counts(
@@ -118,6 +118,7 @@ class BlockMap:
             The map.
 
         Raises:
+            TypeError: sizes or numbers that are not integers.
             ValueError: sizes below 1, numbers below 0.
         """
         before, after = (check_count(name, x, least=0) for name, x in (("before", before), ("after", after)))
@@ -140,7 +141,7 @@ class BlockMap:
             The map.
 
         Raises:
-            TypeError: a traced pattern, or no `SparsePattern`.
+            TypeError: a traced pattern, or no `SparsePattern`; a block size that is not an integer.
             ValueError: a block size below 1.
         """
         check_pattern(pattern)

@@ -21,7 +21,7 @@ from experiments.config import Count, NonNegative, Positive, Seeded, Several
 from experiments.coresets import instances
 from experiments.fits import slope
 from experiments.results import Frame, Record
-from experiments.show import curves, having, parts, pivot, significant, slopes
+from experiments.show import curves, having, parts, pivot, reached, significant, slopes
 
 GROWING = {"precision": "precisions", "radius": "radii", "head_dim": "head_dims", "num_keys": "lengths"}
 AXES = {"precision": "eps", "radius": "norm of the queries", "head_dim": "dimension", "num_keys": "tokens"}
@@ -162,12 +162,13 @@ def table(records: Frame) -> Iterable[str]:
         least = having(own, "algorithm", "least")
         by = _growing(least)
         constants = {
-            "size / (sqrt(d) e^radius / eps)": lambda algorithm, of: significant(
-                list(of["constant"][of["constant"].map(math.isfinite)]) or [math.inf]
+            "size / (sqrt(d) e^radius / eps)": lambda algorithm, of: (
+                significant(finite) if (finite := list(of["constant"][of["constant"].map(math.isfinite)])) else ""
             )
         }
         yield f"`{name}`: least size, by {AXES[by]}"
-        yield pivot(least, "algorithm", by, "least", more={**constants, "exponent": slopes(own, "algorithm")["slope"]})
+        more = {**constants, "exponent": slopes(own, "algorithm")["slope"]}
+        yield pivot(least, "algorithm", by, "least", cell=reached, more=more)
 
 
 def figure(records: Frame) -> Figure:

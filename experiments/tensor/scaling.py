@@ -16,7 +16,7 @@ from approx_attention.evaluation import time_interleaved
 from experiments.config import Count, Seeded, Several, Whole
 from experiments.fits import slope
 from experiments.results import Frame, Record
-from experiments.show import having, significant
+from experiments.show import having, reached
 from experiments.tensor import times
 from experiments.tensor.inputs import small_logits
 
@@ -116,7 +116,7 @@ def table(records: Frame) -> Iterable[str]:
         if not same.any():
             return ""
         measured, by_operations = (list(crossings[same][figure]) for figure in ("crossover", "crossover_of_flops"))
-        return f"{significant(measured)} ({by_operations[0]:.0f})"
+        return f"{reached(measured)} ({by_operations[0]:.0f})"
 
     yield from times.table(records, "a call by the number of tokens", {"faster from n (by operations)": faster})
 

@@ -83,6 +83,7 @@ def test_an_absent_token_may_hold_anything(num_queries):
 
 def test_signed_masses_answer_and_are_clipped():
     q, k, v = random_head(2, 6, 5, spread=0.3)
+    v = np.asarray(v, np.float64)
     mass = np.array([1.0, 2.0, -0.3, 1.5, 1.0])
     value_sum = mass[:, None] * v
     weights = np.exp(np.asarray(q, np.float64) @ np.asarray(k, np.float64).T)

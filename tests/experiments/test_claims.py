@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import claims, report
+from experiments import claims, report, show
 from experiments.config import ConfigError, resolve
 from experiments.results import Result
 from experiments.studies import COMMITTED, ROOT, Places, every_study, has_scale, read_study
@@ -98,6 +98,27 @@ def test_one_run_without_an_interval_refutes_nothing():
         changes = {"reproduced": {"at_most": 0.5}, "certain": certain}
         finding = claims.judge(resolve(claims.Claim, {**record, **changes}, {}, "claim"))
         assert (finding.verdict, "one run outside the range" in finding.grounds) == (verdict, not certain)
+
+
+def test_the_interval_of_one_seed_is_that_of_its_trials(tmp_path):
+    study = read_study("sparse_patterns/log_law", "cpu")
+    (run,) = [run for run in study.runs(Places(tmp_path, tmp_path)) if run.configuration == "k4"]
+    trials = [643.0, 685.0, 739.0, 727.0, 600.0]
+    record = {"curve": "projection", "tokens": 1024, "channels": 685.0, "trials": trials}
+    facts = {"scale": "cpu", "configuration": "k4", "seed": run.seed, "machine": {"backend": "cpu", "processor": ""}}
+    run.file.add(Result(**{**SETTINGS, **facts, "settings": run.fingerprint, "records": [record]}))
+    metric = {"configuration": "k4", "figure": "channels", "where": {"curve": "projection", "tokens": 1024}}
+    half = stats.t.ppf(0.975, 4) * stats.sem(trials)
+    for most, verdict in ((685 + half + 1, "reproduced"), (685 - half + 1, "suggested"), (512, "not reproduced")):
+        changes = {"study": study.name, "metric": metric, "against": None, "ordering": None}
+        finding = _judged(tmp_path, {**changes, "reproduced": {"at_most": most}})
+        assert finding.verdict == verdict
+        np.testing.assert_allclose(finding.measured, (685, half))
+
+
+def test_sizes_that_were_not_reached_are_counted():
+    texts = [show.reached(x) for x in ([12.0, 14.0], [3.25], [math.inf] * 2, [12.0, math.inf])]
+    assert texts == ["13 ± 1", "3.2", "not reached", "not reached in 1 of 2"]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +230,15 @@ def test_the_pages_are_written_with_their_plots(tmp_path):
 def test_the_pages_follow_from_the_committed_runs():
     for name, text in report.pages(EXPERIMENTS).items():
         assert (EXPERIMENTS / name).read_text() == text, f"{name} is stale: run `python -m experiments report`"
+
+
+def test_a_page_begins_with_its_verdicts():
+    texts = report.pages(EXPERIMENTS)
+    families = {claim.study.partition("/")[0] for claim in claims.read_claims(EXPERIMENTS / "claims.yaml")}
+    for family in families:
+        heads = [line for line in texts[f"{family}/RESULTS.md"].splitlines() if line.startswith("## ")]
+        assert heads[:2] == ["## Verdicts", "## Sources and notes"]
+        assert len(heads) > 2
 
 
 def test_seeds_that_were_added_are_told():
