@@ -315,8 +315,9 @@ def _half_width(claim: Claim, values: Sequence[float], figures: Figures) -> floa
         return figures.of(fit)[0]
     # The figure is the median of what independent trials gave.
     own = next(record for record in records if claim.metric.where.items() <= record.items())
-    trials = [float(x) for x in own.get("trials") or () if x is not None]
-    return _half_of_students_t(trials) if len(trials) > 1 and all(map(math.isfinite, trials)) else 0.0
+    trials = own.get("trials")
+    numbers = [x for x in trials if x is not None and math.isfinite(x)] if isinstance(trials, list) else []
+    return _half_of_students_t(numbers) if len(numbers) > 1 else 0.0
 
 
 def _half_of_students_t(values: Sequence[float]) -> float:
