@@ -316,8 +316,10 @@ def _half_width(claim: Claim, values: Sequence[float], figures: Figures) -> floa
     # The figure is the median of what independent trials gave.
     own = next(record for record in records if claim.metric.where.items() <= record.items())
     trials = own.get("trials")
-    numbers = [x for x in trials if x is not None and math.isfinite(x)] if isinstance(trials, list) else []
-    return _half_of_students_t(numbers) if len(numbers) > 1 else 0.0
+    if not isinstance(trials, list) or len(trials) < 2:
+        return 0.0
+    numbers = [math.nan if x is None else x for x in trials]
+    return _half_of_students_t(numbers) if all(map(math.isfinite, numbers)) else 0.0
 
 
 def _half_of_students_t(values: Sequence[float]) -> float:
