@@ -313,13 +313,16 @@ def _half_width(claim: Claim, values: Sequence[float], figures: Figures) -> floa
         return 0.0
     if any(fit.figure in record for record in records):
         return figures.of(fit)[0]
-    # The figure is the median of what independent trials gave.
-    own = next(record for record in records if claim.metric.where.items() <= record.items())
+    # The interval of independent trials, if their median is the figure.
+    known = claim.metric.where.items() | {(claim.metric.figure, values[0])}
+    own = next(record for record in records if known <= record.items())
     trials = own.get("trials")
     if not isinstance(trials, list) or len(trials) < 2:
         return 0.0
     numbers = [math.nan if x is None else x for x in trials]
-    return _half_of_students_t(numbers) if all(map(math.isfinite, numbers)) else 0.0
+    if not all(map(math.isfinite, numbers)) or statistics.median(numbers) != values[0]:
+        return 0.0
+    return _half_of_students_t(numbers)
 
 
 def _half_of_students_t(values: Sequence[float]) -> float:

@@ -104,9 +104,11 @@ def test_the_interval_of_one_seed_is_that_of_its_trials(tmp_path):
     study = read_study("sparse_patterns/log_law", "cpu")
     (run,) = [run for run in study.runs(Places(tmp_path, tmp_path)) if run.configuration == "k4"]
     trials = [643.0, 685.0, 739.0, 727.0, 600.0]
-    record = {"curve": "projection", "tokens": 1024, "channels": 685.0, "trials": trials}
+    # What has the figure is not the first record, and the trials are of the number of channels alone.
+    other = {"curve": "projection", "tokens": 1024, "trials": [1.0, 2.0]}
+    record = {"curve": "projection", "tokens": 1024, "channels": 685.0, "share": 0.7, "trials": trials}
     facts = {"scale": "cpu", "configuration": "k4", "seed": run.seed, "machine": {"backend": "cpu", "processor": ""}}
-    run.file.add(Result(**{**SETTINGS, **facts, "settings": run.fingerprint, "records": [record]}))
+    run.file.add(Result(**{**SETTINGS, **facts, "settings": run.fingerprint, "records": [other, record]}))
     metric = {"configuration": "k4", "figure": "channels", "where": {"curve": "projection", "tokens": 1024}}
     half = stats.t.ppf(0.975, 4) * stats.sem(trials)
     for most, verdict in ((685 + half + 1, "reproduced"), (685 - half + 1, "suggested"), (512, "not reproduced")):
@@ -114,6 +116,8 @@ def test_the_interval_of_one_seed_is_that_of_its_trials(tmp_path):
         finding = _judged(tmp_path, {**changes, "reproduced": {"at_most": most}})
         assert finding.verdict == verdict
         np.testing.assert_allclose(finding.measured, (685, half))
+    share = {**changes, "metric": {**metric, "figure": "share"}, "reproduced": {"at_most": 1.0}}
+    assert _judged(tmp_path, share).measured == (0.7, 0.0)
 
 
 def test_sizes_that_were_not_reached_are_counted():
