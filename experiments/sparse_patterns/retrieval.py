@@ -144,6 +144,8 @@ def figure(records: Frame) -> Figure:
     """Errors by the number of keys that a query reads, at the most keys of each configuration."""
     errors = having(records, "method", "error")
     most = errors.groupby("configuration")["num_keys"].transform("max")
-    shown = errors[errors["num_keys"] == most]
+    shown = (
+        errors[errors["num_keys"] == most].groupby("configuration").filter(lambda own: len(set(own["keys_read"])) > 1)
+    )
     labels = ("keys that a query reads", "relative error")
     return curves(shown, x="keys_read", y="error", by="method", labels=labels, ticks=thousands)

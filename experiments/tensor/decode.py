@@ -15,10 +15,10 @@ from rich.console import Console
 from approx_attention import tensor_attention
 from approx_attention.evaluation import time_interleaved
 from approx_attention.tensor import running_tensor_polynomial
+from experiments import times
 from experiments.config import Count, Seeded, Several, Whole
 from experiments.fits import slope
 from experiments.results import Frame, Record
-from experiments.tensor import times
 from experiments.tensor.inputs import small_logits
 
 

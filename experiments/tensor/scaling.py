@@ -13,11 +13,11 @@ from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
 from approx_attention.evaluation import time_interleaved
+from experiments import times
 from experiments.config import Count, Seeded, Several, Whole
 from experiments.fits import slope
 from experiments.results import Frame, Record
 from experiments.show import having, reached
-from experiments.tensor import times
 from experiments.tensor.inputs import small_logits
 
 
