@@ -253,3 +253,28 @@ def curves(
 def thousands(number: float) -> str:
     """A length as a tick: 512, 2k."""
     return f"{number / 1024:g}k" if number >= 1024 else f"{number:g}"
+
+
+def table_of_times(records: Frame, title: str, more: Mapping[str, Any] | None = None) -> Iterable[str]:
+    """Milliseconds of each method by length, and exponents, by configuration."""
+    for name, own in parts(records):
+        yield f"`{name}`: milliseconds of {title}, slope of log time"
+        times = having(own, "seconds").sort_values("length", kind="stable")
+        further = {**slopes(own, "method"), **(more or {})}
+        yield pivot(times, "method", "length", "seconds", cell=milliseconds, more=further, quoted=False)
+
+
+def figure_of_times(records: Frame) -> Figure:
+    """Milliseconds by length; dotted where a method begins to be faster than exact attention."""
+    times = having(records, "seconds")
+    crossings = having(records, "crossover") if "crossover" in records else None
+
+    def mark(axes: Any, name: Any, _: Frame) -> None:
+        if crossings is not None:
+            own = crossings[crossings["configuration"] == name]
+            for at in own.groupby("method")["crossover"].mean():
+                axes.axvline(at, color="0.5", linestyle=":", linewidth=1)
+
+    dotted = "" if crossings is None else " (dotted: from where on a polynomial is faster)"
+    shown, labels = times.assign(ms=1e3 * times["seconds"]), (f"tokens{dotted}", "ms")
+    return curves(shown, x="length", y="ms", by="method", labels=labels, ticks=None, each=mark, size=(5.2, 4.0))

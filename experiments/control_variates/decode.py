@@ -13,12 +13,11 @@ from rich.console import Console
 
 from approx_attention import HeadsDecoder, attention
 from approx_attention.evaluation import time_interleaved
-from experiments import times
 from experiments.config import Count, Seeded, Several, SeveralBy
 from experiments.fits import slope
 from experiments.models import AttentionConfig
 from experiments.results import Frame, Record
-from experiments.show import having, in_kib, pivot
+from experiments.show import figure_of_times, having, in_kib, pivot, table_of_times
 
 # The faster of the exact forms at each length.
 EXACT = "exact"
@@ -102,10 +101,10 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
 
 def table(records: Frame) -> Iterable[str]:
     """Milliseconds of a step and bytes of cache, by the number of tokens before it."""
-    yield from times.table(records, "decoding a token of every sequence, by the number of tokens before it")
+    yield from table_of_times(records, "decoding a token of every sequence, by the number of tokens before it")
     yield "Bytes of cache of a head and sequence, by the number of tokens"
     held = having(records, "held_bytes")
     yield pivot(held, "method", "length", "held_bytes", cell=lambda of: in_kib(of[0]), quoted=False)
 
 
-figure = times.figure
+figure = figure_of_times

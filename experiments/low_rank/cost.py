@@ -11,11 +11,10 @@ from rich.console import Console
 
 from approx_attention import attention
 from approx_attention.evaluation import LARGEST_LOGITS, time_interleaved
-from experiments import times
 from experiments.config import Count, Seeded, Several
 from experiments.fits import slope
 from experiments.results import Frame, Record
-from experiments.show import having, pivot, significant
+from experiments.show import figure_of_times, having, pivot, significant, table_of_times
 
 # The paper compares with the first; the fastest exact attention of today may be the second.
 DENSE, BLOCKED = "exact, all logits at once", "exact, in blocks"
@@ -88,7 +87,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
 
 def table(records: Frame) -> Iterable[str]:
     """Milliseconds by length, and how many times more exact attention takes."""
-    yield from times.table(records, "attention")
+    yield from table_of_times(records, "attention")
     for figure, title in (
         ("time_saved", "How many times longer exact attention takes with all logits at once"),
         ("time_saved_of_fastest", "How many times longer the faster exact attention takes"),
@@ -98,4 +97,4 @@ def table(records: Frame) -> Iterable[str]:
         yield pivot(having(records, figure), "method", "length", figure, cell=significant, quoted=False)
 
 
-figure = times.figure
+figure = figure_of_times

@@ -15,10 +15,10 @@ from rich.console import Console
 from approx_attention import tensor_attention
 from approx_attention.evaluation import time_interleaved
 from approx_attention.tensor import running_tensor_polynomial
-from experiments import times
 from experiments.config import Count, Seeded, Several, Whole
 from experiments.fits import slope
 from experiments.results import Frame, Record
+from experiments.show import figure_of_times, table_of_times
 from experiments.tensor.inputs import small_logits
 
 
@@ -118,7 +118,7 @@ def _rows(token: Any) -> Any:
 
 def table(records: Frame) -> Iterable[str]:
     """Milliseconds of a step by the number of tokens before it, and exponents."""
-    yield from times.table(records, "decoding a token, by the number of tokens before it")
+    yield from table_of_times(records, "decoding a token, by the number of tokens before it")
 
 
-figure = times.figure
+figure = figure_of_times

@@ -13,11 +13,10 @@ from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
 from approx_attention.evaluation import time_interleaved
-from experiments import times
 from experiments.config import Count, Seeded, Several, Whole
 from experiments.fits import slope
 from experiments.results import Frame, Record
-from experiments.show import having, reached
+from experiments.show import figure_of_times, having, reached, table_of_times
 from experiments.tensor.inputs import small_logits
 
 
@@ -118,7 +117,7 @@ def table(records: Frame) -> Iterable[str]:
         measured, by_operations = (list(crossings[same][figure]) for figure in ("crossover", "crossover_of_flops"))
         return f"{reached(measured)} ({by_operations[0]:.0f})"
 
-    yield from times.table(records, "a call by the number of tokens", {"faster from n (by operations)": faster})
+    yield from table_of_times(records, "a call by the number of tokens", {"faster from n (by operations)": faster})
 
 
-figure = times.figure
+figure = figure_of_times
