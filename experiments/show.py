@@ -275,6 +275,6 @@ def figure_of_times(records: Frame) -> Figure:
             for at in own.groupby("method")["crossover"].mean():
                 axes.axvline(at, color="0.5", linestyle=":", linewidth=1)
 
-    dotted = "" if crossings is None else " (dotted: from where on a polynomial is faster)"
+    dotted = "" if crossings is None else " (dotted: from where on a method is faster)"
     shown, labels = times.assign(ms=1e3 * times["seconds"]), (f"tokens{dotted}", "ms")
     return curves(shown, x="length", y="ms", by="method", labels=labels, ticks=None, each=mark, size=(5.2, 4.0))

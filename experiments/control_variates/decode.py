@@ -19,7 +19,7 @@ from experiments.models import AttentionConfig
 from experiments.results import Frame, Record
 from experiments.show import figure_of_times, having, in_kib, pivot, table_of_times
 
-# The faster of the exact forms at each length.
+# The fastest of the exact forms at each length.
 EXACT = "exact"
 Call = Callable[..., Any]
 
@@ -33,7 +33,7 @@ class Config(Seeded):
     batch: Count = 16
     num_heads: Count = 8
     head_dim: Count = 64
-    steps: Count = 32
+    steps: Count = 64
     rounds: Count = 5
 
 
@@ -44,23 +44,31 @@ def _tokens(config: Config, length: int) -> tuple[Array, Array, Array]:
     return query, key, value
 
 
-def _one_by_one(step: Call, cache: Any, new: Any) -> Array:
+def _decode(step: Call, cache: Any, new: Any) -> Array:
     """The outputs of tokens that are decoded one after the other."""
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], new)
     return lax.scan(lambda cache, token: step(cache, *token)[::-1], cache, tokens)[1]
 
 
-def _plain(implementation: Any) -> Call:
+def _plain(attend: Call) -> Call:
     """A step of exact attention over a preallocated array of all keys, and the number of those that are there."""
 
     def step(cache: Any, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
         seen, *past = cache
         k, v = (lax.dynamic_update_slice_in_dim(x, new, seen, 1) for x, new in zip(past, (key, value), strict=True))
         lengths = jnp.full(query.shape[0], seen + 1, jnp.int32)
-        options: Any = {"implementation": implementation, "key_value_seq_lengths": lengths}
-        return attention(query, k, v, method="exact", **options), (seen + 1, k, v)
+        return attend(query, k, v, key_value_seq_lengths=lengths), (seen + 1, k, v)
 
     return step
+
+
+PLAIN: dict[str, Call] = {
+    "exact, jax.nn": jax.nn.dot_product_attention,
+    **{
+        f"exact, {form}": functools.partial(attention, method="exact", implementation=form)
+        for form in ("blocked", "dense")
+    },
+}
 
 
 def _bytes(cache: Any, config: Config) -> float:
@@ -77,17 +85,19 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         past = _tokens(config, length)
         room = [jnp.pad(x, ((0, 0), (0, config.steps), (0, 0), (0, 0))) for x in past[1:]]
         plain = (jnp.array(length, jnp.int32), *room)
-        steps: dict[str, tuple[Call, Any]] = {f"{EXACT} {form}": (_plain(form), plain) for form in ("blocked", "dense")}
+        steps: dict[str, tuple[Call, Any]] = {name: (_plain(attend), plain) for name, attend in PLAIN.items()}
         held = {EXACT: _bytes(plain[1:], config)}
-        for name, method in config.methods.items():
+        cached = {**config.methods, "exact, cached": AttentionConfig()}
+        for name, method in cached.items():
             sizes: Any = {"num_kv_heads": config.num_heads, "head_dim": config.head_dim}
+            sizes |= {"max_length": length + config.steps} if method.method == "exact" else {}
             decoder = HeadsDecoder(method.method, **sizes, **method.arguments())
             empty = decoder.init(config.batch, jax.random.key(config.seed))
             cache = jax.jit(decoder.extend)(empty, *past)[1]
             held[name] = _bytes(cache.heads, config)
             steps[name] = decoder.extend, cache
         calls = {
-            name: functools.partial(jax.jit(functools.partial(_one_by_one, step)), cache, new)
+            name: functools.partial(jax.jit(functools.partial(_decode, step)), cache, new)
             for name, (step, cache) in steps.items()
         }
         timings = time_interleaved(calls, rounds=config.rounds, patience=60)
@@ -102,7 +112,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
 def table(records: Frame) -> Iterable[str]:
     """Milliseconds of a step and bytes of cache, by the number of tokens before it."""
     yield from table_of_times(records, "decoding a token of every sequence, by the number of tokens before it")
-    yield "Bytes of cache of a head and sequence, by the number of tokens"
+    yield "Cache of a head and sequence, by the number of tokens"
     held = having(records, "held_bytes")
     yield pivot(held, "method", "length", "held_bytes", cell=lambda of: in_kib(of[0]), quoted=False)
 

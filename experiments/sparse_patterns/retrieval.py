@@ -141,11 +141,12 @@ def table(records: Frame) -> Iterable[str]:
 
 
 def figure(records: Frame) -> Figure:
-    """Errors by the number of keys that a query reads, at the most keys of each configuration."""
+    """Errors by the number of keys that a query reads, where it varies, at the most keys of each configuration."""
     errors = having(records, "method", "error")
-    most = errors.groupby("configuration")["num_keys"].transform("max")
-    shown = (
-        errors[errors["num_keys"] == most].groupby("configuration").filter(lambda own: len(set(own["keys_read"])) > 1)
+    most, read = (
+        errors.groupby("configuration")[name].transform(how)
+        for name, how in (("num_keys", "max"), ("keys_read", "nunique"))
     )
+    shown = errors[(errors["num_keys"] == most) & (read > 1)]
     labels = ("keys that a query reads", "relative error")
     return curves(shown, x="keys_read", y="error", by="method", labels=labels, ticks=thousands)
