@@ -84,4 +84,6 @@ def section(document: Mapping[str, Any]) -> str:
         f"run: {len(rows) - len(bad)} of {len(rows)} programs of {len(names)} studies compile and fit into "
         f"{MEMORY[platform] / 2**30:.1f} GiB; the largest takes {largest / 2**30:.1f} GiB."
     )
+    if stale := sum(row["code"] != document["code"] for row in rows):
+        said += f" Programs that were compiled from earlier code than the rest: {stale}."
     return "\n".join([said, *([""] if bad else []), *(f"- {fault}" for fault in bad)])

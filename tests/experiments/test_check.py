@@ -98,6 +98,9 @@ def test_what_fits_is_not_compiled_again(tmp_path, compiler, command):
     text = check.section(document)
     assert "1 of 2 programs of 2 studies compile and fit into 15.8 GiB; the largest takes 16.8 GiB" in text
     assert "- real_models/presses" in text
+    assert "earlier code" not in text
+    document["rows"][0]["code"] = "older"
+    assert "from earlier code than the rest: 1." in check.section(document)
 
 
 def test_without_the_compiler_one_line_says_so(tmp_path, monkeypatch, command):
