@@ -21,6 +21,7 @@ from experiments.show import figure_of_times, having, in_kib, pivot, table_of_ti
 
 # The fastest of the exact forms at each length.
 EXACT = "exact"
+CACHED = "exact, cached"
 Call = Callable[..., Any]
 
 
@@ -35,6 +36,12 @@ class Config(Seeded):
     head_dim: Count = 64
     steps: Count = 64
     rounds: Count = 5
+
+    def __post_init__(self) -> None:
+        if taken := self.methods.keys() & {EXACT, CACHED, *PLAIN}:
+            raise ValueError(
+                f"methods must not include {min(taken)!r}: exact attention is always timed, in all its forms"
+            )
 
 
 def _tokens(config: Config, length: int) -> tuple[Array, Array, Array]:
@@ -87,7 +94,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         plain = (jnp.array(length, jnp.int32), *room)
         steps: dict[str, tuple[Call, Any]] = {name: (_plain(attend), plain) for name, attend in PLAIN.items()}
         held = {EXACT: _bytes(plain[1:], config)}
-        cached = {**config.methods, "exact, cached": AttentionConfig()}
+        cached = {**config.methods, CACHED: AttentionConfig()}
         for name, method in cached.items():
             sizes: Any = {"num_kv_heads": config.num_heads, "head_dim": config.head_dim}
             sizes |= {"max_length": length + config.steps} if method.method == "exact" else {}

@@ -61,6 +61,8 @@ class Config(Seeded):
     def __post_init__(self) -> None:
         if self.draws % _AT_ONCE:
             raise ValueError(f"draws must be a multiple of {_AT_ONCE}, got {self.draws}")
+        if self.samples > _AT_ONCE:
+            raise ValueError(f"samples must be at most {_AT_ONCE}, got {self.samples}")
         if self.entry_features > self.head_dim:
             raise ValueError(f"entry_features is {self.entry_features}, more than head_dim, {self.head_dim}")
         if any(size % 2 for size in (self.entry_features, *self.sizes)):
