@@ -15,22 +15,22 @@ def digits() -> Dataset:
     return _labelled(parts, 10, "sklearn.datasets.load_digits")
 
 
-def masked_digits(share: Share = 0.25) -> Dataset:
-    """The `digits` as 64 tokens of 17 grey levels, of which a share is hidden and asked for, each at random.
+def masked_digits(share: Share = 0.25, count: Count = 1) -> Dataset:
+    """Images of ``count`` `digits`, 64 tokens of 17 grey levels each; a share is hidden and asked for, each at random.
 
     The pixels of all images are in one random order, in which neighbours in the image are far apart: in raster order a
     window of tokens holds most of what tells a pixel.
     """
     if not 0 < share < 1:
         raise ConfigError(f"data 'masked_digits' needs a share between 0 and 1, got {share}")
-    order = np.random.default_rng(0).permutation(64)
+    order = np.random.default_rng(0).permutation(64 * count)
     levels = {
-        split: np.rint(16 * pixels).astype(np.int32).reshape(-1, 64)[:, order]
-        for split, (pixels, _) in _digit_parts().items()
+        split: np.rint(16 * pixels).astype(np.int32).reshape(-1, 64) for split, (pixels, _) in _digit_parts().items()
     }
 
     def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
-        told = levels[split][random.integers(0, len(levels[split]), batch)]
+        chosen = random.integers(0, len(levels[split]), (batch, count))
+        told = levels[split][chosen].reshape(batch, -1)[:, order]
         hidden = random.random(told.shape) < share
         return {"tokens": np.where(hidden, 17, told).astype(np.int32), "targets": np.where(hidden, told, -1)}
 

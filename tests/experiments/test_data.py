@@ -115,6 +115,19 @@ def test_masked_digits_hide_a_quarter_of_the_pixels_and_ask_for_their_levels():
     assert 0.3 < share < 0.6  # two fifths of the pixels are blank at the edges
 
 
+def test_masked_digits_of_several_digits_mix_their_pixels():
+    batch = load(DataConfig("masked_digits", {"count": 3})).draw(np.random.default_rng(0), 100, "test")
+    levels = np.where(batch["tokens"] == 17, batch["targets"], batch["tokens"]).astype(np.int32)
+    pixels = load(DataConfig("digits")).draw(np.random.default_rng(1), 4000, "test")["image"]
+    known = {image.tobytes() for image in np.rint(16 * pixels).astype(np.int32)}
+    order = np.random.default_rng(0).permutation(3 * 64)
+    digits = levels[:, np.argsort(order)].reshape(-1, 64)
+    assert all(digit.tobytes() in known for digit in digits)
+    # The digits of an image are drawn one by one, and each part of it holds pixels of all.
+    assert np.mean([len({x.tobytes() for x in digits[i : i + 3]}) for i in range(0, 300, 3)]) > 2.9
+    assert all(set(part // 64) == {0, 1, 2} for part in np.split(order, 8))
+
+
 def test_dictionary_documents_ask_for_values_that_no_window_sees():
     gap = 50
     settings = {"length": 220, "lines": 8, "uses": 9, "gap": gap}
