@@ -29,7 +29,7 @@ from approx_attention.core.padding import over_real_tokens
 from approx_attention.core.quantized import Summary
 from approx_attention.core.reading import attend
 from approx_attention.core.softmax import SoftmaxNear, joined_state
-from approx_attention.core.summaries import WeightedKV, require_scaled_space
+from approx_attention.core.summaries import ChosenTokens, WeightedKV, require_scaled_space
 from approx_attention.kernels import (
     AttentionState,
     along_with,
@@ -296,6 +296,9 @@ def causal_blocks(running: RunningSummary, before: Block, first: int, q_blocks: 
     length = q_blocks.shape[0] * q_blocks.shape[1]
     in_turn = lambda q, blocks: _in_turn(running, past, first, q, blocks, length)[1]  # noqa: E731
     together = lambda q, blocks: _together(running, past, first, q, blocks, None)[1]  # noqa: E731
+    if isinstance(_summary(running, past.prefix, before), ChosenTokens):
+        # Its prefix holds all tokens: a loop that carries it would store all of them again for every block.
+        in_turn = lambda q, blocks: _together(running, past, first, q, blocks, None, at_once=1)[1]  # noqa: E731
     return by_platform(q_blocks, blocks, cpu=in_turn, default=together)
 
 
@@ -384,10 +387,12 @@ def _together(
     q_blocks: Array,
     blocks: Block,
     length: Array | None,
+    at_once: int | None = None,
 ) -> tuple[Past, AttentionState]:
     """The parallel execution: the prefixes of many blocks first, and then the attention of all blocks at once.
 
-    Blocks are processed in groups, so that memory is linear in the sequence. Without a length no past is returned.
+    Blocks are processed in groups, of ``at_once`` blocks or as many as memory allows, so that memory is linear in the
+    sequence. Without a length no past is returned.
     """
     num_blocks, block_size = q_blocks.shape[:2]
     at = None
@@ -398,14 +403,17 @@ def _together(
     if at is None:
         past = _started(running, past)
 
-    def states_of(prefix: Any, numbers: Array, before: Block) -> tuple[Any, Any]:
-        """The state before each of these blocks, and the states including that after the last block, if needed."""
+    def attended(prefix: Any, numbers: Array, q: Array, before: Block, block: Block) -> tuple[AttentionState, Any]:
+        """The attention of these blocks, and the states before each and after the last, if they are needed."""
         if at is not None:
-            return jax.vmap(at)(jnp.maximum(numbers - 1, 0)), None
+            # Within one map: what all prefixes share, such as the keys of `LiftedKV`, has no copy for each block.
+            alone = lambda number, *args: _attend_block(running, *args, at(jnp.maximum(number - 1, 0)))  # noqa: E731
+            return jax.vmap(alone)(numbers, q, before, block), None
         states = append_all_of(running)(prefix, (numbers - 1) * block_size, *before)
-        return jax.tree.map(lambda x: x[:-1], states), states
+        prefixes = jax.tree.map(lambda x: x[:-1], states)
+        return jax.vmap(functools.partial(_attend_block, running))(q, before, block, prefixes), states
 
-    groups, size = even_split(num_blocks, _blocks_at_once(running, at, past, q_blocks))
+    groups, size = even_split(num_blocks, at_once or _blocks_at_once(running, at, past, q_blocks))
     padding = groups * size - num_blocks
     grouped = jax.tree.map(lambda x: pad_rows(x, padding).reshape(groups, size, *x.shape[1:]), (q_blocks, blocks))
 
@@ -415,8 +423,7 @@ def _together(
         around = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), past.before, block)
         before, block = (jax.tree.map(lambda x, part=part: x[part], around) for part in (slice(-1), slice(1, None)))
         numbers = first + index * size + jnp.arange(size, dtype=jnp.int32)
-        prefixes, states = states_of(past.prefix, numbers, before)
-        state = jax.vmap(lambda *args: _attend_block(running, *args))(q, before, block, prefixes)
+        state, states = attended(past.prefix, numbers, q, before, block)
         if length is None:
             return Past(*jax.tree.map(lambda x: x[-1], (block, states))), state
         # The block with the last token is not part of the past.
@@ -478,14 +485,24 @@ def appended_in_turn(append: Callable[..., Any]) -> Callable[..., Any]:
     return append_all
 
 
+def _summary(running: RunningSummary, prefix: Any, before: Block) -> Any:
+    """The shapes of the summary of a prefix, or of the empty one in place of None."""
+    start = lambda prefix: _started(running, Past(before, prefix)).prefix  # noqa: E731
+    return jax.eval_shape(lambda prefix: running.read(start(prefix)), prefix)
+
+
 def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Array) -> int:
     """The number of blocks whose prefixes and logits `GROUP_NUMBERS` allows."""
     block_size = q_blocks.shape[1]
     prefix = past.prefix if at is None else jax.eval_shape(at, jnp.zeros((), jnp.int32))
-    rows = jax.eval_shape(lambda prefix: running.read(prefix).mass, prefix).size
+    summary = _summary(running, prefix, past.before)
     # Reading the prefix of each block takes another array of its size.
-    numbers = block_size * (2 * block_size + rows) + 2 * sum(x.size for x in jax.tree.leaves(prefix))
-    return max(GROUP_NUMBERS // numbers, _least_blocks(block_size))
+    copies = 2 * sum(x.size for x in jax.tree.leaves(prefix))
+    if isinstance(summary, ChosenTokens):
+        # Its logits are made in tiles, and prefixes of one sequence share their tokens.
+        return max(GROUP_NUMBERS // (block_size * summary.numbers_per_query + (copies if at is None else 0)), 1)
+    rows = jax.eval_shape(lambda prefix: running.read(prefix).mass, prefix).size
+    return max(GROUP_NUMBERS // (block_size * (2 * block_size + rows) + copies), _least_blocks(block_size))
 
 
 def _least_blocks(block_size: int) -> int:

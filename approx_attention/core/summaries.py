@@ -58,6 +58,15 @@ class ChosenTokens(InSpace):
     k: Array
     mass: Any
 
+    @property
+    def numbers_per_query(self) -> int:
+        """The number of array entries that a query gathers.
+
+        Raises:
+            NotImplementedError: in this class; every subclass defines the choice.
+        """
+        raise NotImplementedError
+
     def state(self, q: Array) -> kernels.AttentionState:
         """The attention of queries ``[T, D]`` in scaled space, each over the tokens that it chooses.
 

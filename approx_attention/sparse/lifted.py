@@ -90,6 +90,11 @@ class LiftedKV(ChosenTokens):
         """The bias of the logits of each key, ``-log(u)`` ``[M]``; infinite for a token without a number."""
         return jnp.where(self.u > 0, -jnp.log(jnp.where(self.u > 0, self.u, 1)), jnp.inf)
 
+    @property
+    def numbers_per_query(self) -> int:
+        """K (D + Dv): a query gathers the keys and values of its K tokens."""
+        return self.keys_per_query * (self.k.shape[1] + self.v.shape[1])
+
     def state(self, q: Array) -> AttentionState:
         """Attention of queries ``[T, D]`` in scaled space, each over its K keys with the largest lifted logits."""
         count = min(self.keys_per_query, self.k.shape[0])

@@ -45,9 +45,9 @@ def largest_logits(
 
         def search(best: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
             k, lift, real, number = block
-            seen = real[None, :]
-            if is_causal:
-                seen = seen & (number[None, :] <= position[:, None])
+            # Also without a causal mask, where all positions are after the keys: a mask of keys alone is the same for
+            # all tiles of queries, and differentiation would move it out of their loop and store it for all rows.
+            seen = real[None, :] & (number[None, :] <= position[:, None])
             logits = jnp.where(seen, q @ k.T + lift[None, :], -jnp.inf)
             # The best of a block are few, so that few are sorted twice; the earlier come first, and so win ties.
             logits, place = lax.top_k(logits, min(count, columns))
@@ -58,7 +58,7 @@ def largest_logits(
         none = jnp.full((rows, count), -jnp.inf, q.dtype), jnp.zeros((rows, count), jnp.int32)
         return lax.scan(search, along_with(none, q, k, lift, real), key_blocks)[0]
 
-    positions = jnp.arange(num_queries, dtype=jnp.int32)
+    positions = jnp.arange(num_queries, dtype=jnp.int32) + (0 if is_causal else num_keys)
     found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
     return out_of_blocks(found, num_queries)
 
