@@ -499,8 +499,9 @@ def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Arra
     # Reading the prefix of each block takes another array of its size.
     copies = 2 * sum(x.size for x in jax.tree.leaves(prefix))
     if isinstance(summary, ChosenTokens):
-        # Its logits are made in tiles, and prefixes of one sequence share their tokens.
-        return max(GROUP_NUMBERS // (block_size * summary.numbers_per_query + (copies if at is None else 0)), 1)
+        # Logits are made in tiles, and prefixes of one sequence share their tokens. Gathered tokens have cotangents.
+        gathered = 2 * block_size * summary.numbers_per_query
+        return max(GROUP_NUMBERS // (gathered + (copies if at is None else 0)), 1)
     rows = jax.eval_shape(lambda prefix: running.read(prefix).mass, prefix).size
     return max(GROUP_NUMBERS // (block_size * (2 * block_size + rows) + copies), _least_blocks(block_size))
 
