@@ -4,7 +4,8 @@ Tokens are grouped in blocks. A query attends exactly (and causally) to its own 
 earlier blocks through a summary that grows block by block. This definition serves training, prefill and decoding.
 It has two executions. On a CPU a scan takes one block after the other, so that the data of a block stays in cache. On
 accelerators, which a chain of small steps would leave idle, the summaries of all prefixes are made first, and then
-all blocks attend in parallel.
+all blocks attend in parallel. A prefix that keeps every token is a mask of the sequence, made where a block attends to
+it, on CPUs for one block after the other.
 """
 
 import dataclasses
@@ -44,7 +45,8 @@ from approx_attention.kernels import (
 
 # Largest number of array entries per head that an accelerator holds at once: summaries of prefixes, and logits. It sets
 # the size of a group of blocks, 16,384 tokens or more with 256 features of 64 values: enough to fill the device, and no
-# more memory than the tokens of a long sequence. Groups smaller than the least group would leave the device idle.
+# more memory than the tokens of a long sequence. Groups smaller than the least group would leave the device idle. With
+# `ChosenTokens` they may be smaller, because every query gathers tokens of its own.
 GROUP_NUMBERS = 13_000_000
 LEAST_GROUP = 6144
 _OWNER = "a running summary"
@@ -70,7 +72,8 @@ class RunningSummary(NamedTuple):
             ``[m + 1, ...]``; for accelerators, where it should use a few large operations. By default blocks are
             appended one after the other. A block with a negative start contains no real token.
         of_sequence: ``(k [n, b, D], v, kv_mask) -> at``, with ``at(count)`` the state after the first ``count`` blocks
-            of a sequence. It replaces ``append_all`` where each state can be computed independently of the others.
+            of a sequence. It replaces ``append_all`` where each state can be computed independently of the others, and
+            on CPUs ``append`` where a summary keeps every token. Arrays that do not depend on ``count`` are shared.
             ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses, or None if there is no such form.
         quantized: ``(bits, block_size) -> RunningSummary``: the same summary with quantised tokens, for blocks of this
             size. None if appending changes tokens, which would be rounded again at every block.
@@ -175,8 +178,8 @@ def causal_state(
     """Compute causal attention of query t over keys j <= t: exact within two blocks, summarised before them.
 
     The cost is linear in T for a summary of bounded size. A CPU keeps only the current summary; accelerators keep those
-    of a bounded number of blocks. Blocks are cut over real tokens, so that padding does not change them
-    (``over_real_tokens``).
+    of a bounded number of blocks. Memory is linear too where a summary keeps every token. Blocks are cut over real
+    tokens, so that padding does not change them (``over_real_tokens``).
 
     Args:
         q: queries ``[T, D]``.
@@ -294,12 +297,26 @@ def causal_blocks(running: RunningSummary, before: Block, first: int, q_blocks: 
     """
     past = Past(before, None)
     length = q_blocks.shape[0] * q_blocks.shape[1]
-    in_turn = lambda q, blocks: _in_turn(running, past, first, q, blocks, length)[1]  # noqa: E731
-    together = lambda q, blocks: _together(running, past, first, q, blocks, None)[1]  # noqa: E731
-    if isinstance(_summary(running, past.prefix, before), ChosenTokens):
-        # Its prefix holds all tokens: a loop that carries it would store all of them again for every block.
-        in_turn = lambda q, blocks: _together(running, past, first, q, blocks, None, at_once=1)[1]  # noqa: E731
+    keeps_tokens = _keeps_tokens(running, before)
+
+    def in_turn(q: Array, blocks: Block) -> AttentionState:
+        if keeps_tokens:
+            # A gradient would store the prefix, all tokens, again at every step of a loop that carries it.
+            return _together(running, past, first, q, blocks, None, at_once=1)[1]
+        return _in_turn(running, past, first, q, blocks, length)[1]
+
+    def together(q: Array, blocks: Block) -> AttentionState:
+        return _together(running, past, first, q, blocks, None)[1]
+
     return by_platform(q_blocks, blocks, cpu=in_turn, default=together)
+
+
+def _keeps_tokens(running: RunningSummary, block: Block) -> bool:
+    """Whether summaries keep every token, and each can be computed from the sequence without the one before."""
+    if running.of_sequence is None:
+        return False
+    empty = functools.partial(running.init, block.v.shape[-1], block.v.dtype)
+    return isinstance(jax.eval_shape(lambda: running.read(empty())), ChosenTokens)
 
 
 def scan_blocks(
@@ -355,7 +372,7 @@ def state_of_blocks(running: RunningSummary, blocks: Block) -> Any:
         step = keeping_choices(lambda state, args: (jax.tree.map(lambda x: x[-1], append_all(state, *args)), None))
         return lax.scan(step, along_with(empty, *blocks), grouped)[0]
 
-    return by_platform(blocks, cpu=in_turn, default=together)
+    return by_platform(blocks, cpu=together if _keeps_tokens(running, blocks) else in_turn, default=together)
 
 
 def _in_turn(
@@ -389,7 +406,7 @@ def _together(
     length: Array | None,
     at_once: int | None = None,
 ) -> tuple[Past, AttentionState]:
-    """The parallel execution: the prefixes of many blocks first, and then the attention of all blocks at once.
+    """The parallel execution: the attention of many blocks at once, with a prefix for each.
 
     Blocks are processed in groups, of ``at_once`` blocks or as many as memory allows, so that memory is linear in the
     sequence. Without a length no past is returned.
@@ -406,9 +423,12 @@ def _together(
     def attended(prefix: Any, numbers: Array, q: Array, before: Block, block: Block) -> tuple[AttentionState, Any]:
         """The attention of these blocks, and the states before each and after the last, if they are needed."""
         if at is not None:
+
+            def of_block(number: Array, *args: Any) -> AttentionState:
+                return _attend_block(running, *args, at(jnp.maximum(number - 1, 0)))
+
             # Within one map: what all prefixes share, such as the keys of `LiftedKV`, has no copy for each block.
-            alone = lambda number, *args: _attend_block(running, *args, at(jnp.maximum(number - 1, 0)))  # noqa: E731
-            return jax.vmap(alone)(numbers, q, before, block), None
+            return jax.vmap(of_block)(numbers, q, before, block), None
         states = append_all_of(running)(prefix, (numbers - 1) * block_size, *before)
         prefixes = jax.tree.map(lambda x: x[:-1], states)
         return jax.vmap(functools.partial(_attend_block, running))(q, before, block, prefixes), states
@@ -485,25 +505,22 @@ def appended_in_turn(append: Callable[..., Any]) -> Callable[..., Any]:
     return append_all
 
 
-def _summary(running: RunningSummary, prefix: Any, before: Block) -> Any:
-    """The shapes of the summary of a prefix, or of the empty one in place of None."""
-    start = lambda prefix: _started(running, Past(before, prefix)).prefix  # noqa: E731
-    return jax.eval_shape(lambda prefix: running.read(start(prefix)), prefix)
-
-
 def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Array) -> int:
     """The number of blocks whose prefixes and logits `GROUP_NUMBERS` allows."""
     block_size = q_blocks.shape[1]
     prefix = past.prefix if at is None else jax.eval_shape(at, jnp.zeros((), jnp.int32))
-    summary = _summary(running, prefix, past.before)
     # Reading the prefix of each block takes another array of its size.
     copies = 2 * sum(x.size for x in jax.tree.leaves(prefix))
+
+    def read(prefix: Any) -> tuple[Summary, Array]:
+        summary = running.read(prefix)
+        return summary, summary.mass
+
+    summary, mass = jax.eval_shape(read, prefix)
     if isinstance(summary, ChosenTokens):
-        # Logits are made in tiles, and prefixes of one sequence share their tokens. Gathered tokens have cotangents.
-        gathered = 2 * block_size * summary.numbers_per_query
-        return max(GROUP_NUMBERS // (gathered + (copies if at is None else 0)), 1)
-    rows = jax.eval_shape(lambda prefix: running.read(prefix).mass, prefix).size
-    return max(GROUP_NUMBERS // (block_size * (2 * block_size + rows) + copies), _least_blocks(block_size))
+        # Prefixes of one sequence share their tokens.
+        return max(GROUP_NUMBERS // (summary.numbers_at_once(block_size) + (copies if at is None else 0)), 1)
+    return max(GROUP_NUMBERS // (block_size * (2 * block_size + mass.size) + copies), _least_blocks(block_size))
 
 
 def _least_blocks(block_size: int) -> int:

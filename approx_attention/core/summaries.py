@@ -58,9 +58,8 @@ class ChosenTokens(InSpace):
     k: Array
     mass: Any
 
-    @property
-    def numbers_per_query(self) -> int:
-        """The number of array entries that a query gathers.
+    def numbers_at_once(self, num_queries: int) -> int:
+        """The number of array entries that `state` and its gradient hold at once for a number of queries.
 
         Raises:
             NotImplementedError: in this class; every subclass defines the choice.

@@ -23,7 +23,7 @@ from approx_attention.core import (
     pad_rows,
     real_keys,
 )
-from approx_attention.sparse import GATHERED, Buckets, LiftedKV, Planes, uniform_numbers
+from approx_attention.sparse import Buckets, LiftedKV, Planes, rows_gathered, uniform_numbers
 
 # Keys of the largest lifts that a query looks at, in units of K + 1, and keys of a step of the loop that finds them.
 LISTED, LIST_BLOCK = 4, 64
@@ -118,7 +118,7 @@ def _found_in_parts(
     lists = _least_numbers(tokens.u, min(LISTED * count, nowhere), in_prefixes=is_causal)
     k, lift = pad_rows(tokens.k, 1), pad_rows(tokens.lift, 1)  # a row for `nowhere`
     per_query = 2 * buckets.order.shape[0] * count + lists.shape[1] + LIST_BLOCK * is_causal
-    rows = min(q.shape[0], max(1, GATHERED // per_query))
+    rows = rows_gathered(q.shape[0], per_query)
 
     def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
         q, place = args

@@ -18,7 +18,7 @@ from approx_attention.core import (
     over_real_tokens,
     pad_rows,
 )
-from approx_attention.sparse import GATHERED, Buckets, Planes, gathered_state
+from approx_attention.sparse import Buckets, Planes, gathered_state, rows_gathered
 
 
 @output_or_state
@@ -106,7 +106,7 @@ def _found_by_hashing(
     last = (nowhere if kv_mask is None else count_real(kv_mask)) - 1
     # A row of zeros for `nowhere`.
     k_padded = pad_rows(k, 1)
-    rows = min(num_queries, max(1, GATHERED // (2 * buckets.order.shape[0] * count)))
+    rows = rows_gathered(num_queries, 2 * buckets.order.shape[0] * count)
 
     def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
         q, place = args

@@ -1,13 +1,13 @@
 """Sparse patterns, exact attention over their blocks, and exact attention on a support plus a summary of the rest."""
 
 from approx_attention.sparse.blocks import (
-    GATHERED,
     BlockMap,
     block_lists_state,
     block_sparse_state,
     gathered_state,
     is_traced,
     pairs_of_blocks,
+    rows_gathered,
 )
 from approx_attention.sparse.hashing import Buckets, Planes
 from approx_attention.sparse.lifted import NO_NUMBER, LiftedKV, first_lifted, uniform_numbers
@@ -16,7 +16,6 @@ from approx_attention.sparse.remainder import blocks_and_rest_state, support_and
 from approx_attention.sparse.retrieval import is_found, largest_logits
 
 __all__ = [
-    "GATHERED",
     "NO_NUMBER",
     "BlockMap",
     "Buckets",
@@ -33,6 +32,7 @@ __all__ = [
     "is_traced",
     "largest_logits",
     "pairs_of_blocks",
+    "rows_gathered",
     "support_and_moments_state",
     "uniform_numbers",
 ]

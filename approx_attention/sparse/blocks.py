@@ -449,6 +449,11 @@ def _lists_in_turns(
     return out_of_blocks(state, number)
 
 
+def rows_gathered(num_queries: int, per_query: int) -> int:
+    """The number of queries whose keys and values, so many each, are gathered at once."""
+    return min(num_queries, max(1, GATHERED // per_query))
+
+
 def gathered_state(
     q: Array,
     k: Array,
@@ -480,7 +485,7 @@ def gathered_state(
     # Invalid entries refer to a row of zeros, so that NaN in a key cannot enter.
     k, v = pad_rows(k, 1), pad_rows(v, 1)
     places = jnp.where(seen, places, k.shape[0] - 1)
-    rows = min(num_queries, max(1, GATHERED // per_query))
+    rows = rows_gathered(num_queries, per_query)
 
     @jax.checkpoint
     def of_rows(args: tuple[Array, Array, Array | None]) -> AttentionState:

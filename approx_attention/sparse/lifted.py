@@ -1,6 +1,7 @@
 """Tokens lifted by a random number each: sums over all of them from the few that a query finds first."""
 
 import dataclasses
+import math
 from typing import Any, Self
 
 import jax
@@ -18,8 +19,8 @@ from approx_attention.core import (
     require_same_kind,
     token_sums_inputs,
 )
-from approx_attention.sparse.blocks import gathered_state
-from approx_attention.sparse.retrieval import is_found, largest_logits
+from approx_attention.sparse.blocks import gathered_state, rows_gathered
+from approx_attention.sparse.retrieval import is_found, largest_logits, tile_shape
 
 # Of a token that has no number: its lift is infinite, so that every query finds it, and gets NaN.
 NO_NUMBER = -1.0
@@ -90,10 +91,11 @@ class LiftedKV(ChosenTokens):
         """The bias of the logits of each key, ``-log(u)`` ``[M]``; infinite for a token without a number."""
         return jnp.where(self.u > 0, -jnp.log(jnp.where(self.u > 0, self.u, 1)), jnp.inf)
 
-    @property
-    def numbers_per_query(self) -> int:
-        """K (D + Dv): a query gathers the keys and values of its K tokens."""
-        return self.keys_per_query * (self.k.shape[1] + self.v.shape[1])
+    def numbers_at_once(self, num_queries: int) -> int:
+        """Gathered keys and values and their cotangents, a tile of logits, and u with its bias and mask."""
+        num_tokens, count = self.k.shape[0], min(self.keys_per_query, self.k.shape[0])
+        gathered = rows_gathered(num_queries, count) * count * (self.k.shape[1] + self.v.shape[1])
+        return 2 * gathered + math.prod(tile_shape(num_queries, num_tokens)) + 3 * num_tokens
 
     def state(self, q: Array) -> AttentionState:
         """Attention of queries ``[T, D]`` in scaled space, each over its K keys with the largest lifted logits."""

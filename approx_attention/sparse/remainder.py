@@ -34,7 +34,7 @@ from approx_attention.core import (
     running_moments,
     subtract,
 )
-from approx_attention.sparse.blocks import GATHERED, BlockMap, block_sparse_state, gathered_state
+from approx_attention.sparse.blocks import BlockMap, block_sparse_state, gathered_state, rows_gathered
 
 # Blocks are batched up to this number of rows: large enough for matrix products, small enough for the cache.
 ROWS = 1024
@@ -273,7 +273,7 @@ def _estimates_of_own(
     phi_k = pad_rows(mass * jnp.exp(log_scale_k - peak_k[:, None]), 1)
     v, peak_k = pad_rows(v, 1), jnp.pad(peak_k, (0, 1))
     nowhere, num_queries = k.shape[0], q.shape[0]
-    rows = min(num_queries, max(1, GATHERED // places.shape[1]))
+    rows = rows_gathered(num_queries, places.shape[1])
 
     @jax.checkpoint
     def of_rows(args: tuple[Array, Array]) -> AttentionState:

@@ -9,6 +9,11 @@ from approx_attention.core import along_with, in_blocks, out_of_blocks, real_key
 QUERY_BLOCK, KEY_BLOCK = 512, 1024
 
 
+def tile_shape(num_queries: int, num_keys: int) -> tuple[int, int]:
+    """The numbers of queries and of keys whose logits `largest_logits` makes at once."""
+    return min(num_queries, QUERY_BLOCK), min(num_keys, KEY_BLOCK)
+
+
 def largest_logits(
     q: Array,
     k: Array,
@@ -36,7 +41,7 @@ def largest_logits(
     lift = jnp.zeros(num_keys, q.dtype) if key_bias is None else key_bias
     q, k, lift = lax.stop_gradient((q, k, lift))
     real = real_keys(kv_mask, num_keys)
-    rows, columns = min(num_queries, QUERY_BLOCK), min(num_keys, KEY_BLOCK)
+    rows, columns = tile_shape(num_queries, num_keys)
     numbers = jnp.arange(num_keys, dtype=jnp.int32)
     key_blocks = tuple(in_blocks(x, columns) for x in (k, lift, real, numbers))
 

@@ -30,7 +30,8 @@ LINEAR_IN_MEMORY = ["exact", "top_k", "priority"]
 
 @pytest.mark.parametrize(
     ("name", "is_causal"),
-    [(name, name in CAUSAL) for name in [*having(subquadratic=True), *LINEAR_IN_MEMORY]]
+    [(name, name in CAUSAL) for name in having(subquadratic=True)]
+    + [(name, is_causal) for name in LINEAR_IN_MEMORY for is_causal in (False, True)]
     + [pytest.param(name, False, marks=pytest.mark.slow) for name in having(subquadratic=True) if name in CAUSAL],
 )
 def test_no_array_is_quadratic(name, is_causal):

@@ -23,8 +23,7 @@ def running(form, groups):
     """Trace one form; that for accelerators in groups of few blocks or all at once."""
     with pytest.MonkeyPatch.context() as patched, one_form(form) as choices:
         if groups:
-            patched.setattr(causal, "GROUP_NUMBERS", 1)
-            patched.setattr(causal, "LEAST_GROUP", 12)
+            patched.setattr(causal, "_blocks_at_once", lambda *_: 3)
         yield choices
 
 

@@ -19,6 +19,7 @@ from approx_attention import (
     summarize_priority,
     top_k,
 )
+from approx_attention.core import causal_state
 from approx_attention.evaluation import load_sample
 from approx_attention.methods import running_priority
 from tests.methods.case import Case
@@ -236,6 +237,19 @@ def test_a_cache_keeps_the_numbers_of_its_keys(shared):
         outs.append(out)
     np.testing.assert_allclose(np.concatenate(outs, axis=1), jax.jit(whole)(query, key, value), atol=2e-6)
     assert len(np.unique(np.asarray(cache.heads.past.prefix.u)[0, :, :8])) == (8 if shared else 16)
+
+
+def test_prefixes_taken_from_the_sequence_are_those_of_blocks_in_turn(x64):
+    tensors = random_head(4, 22, 22, dtype=jnp.float64)
+    found = running_priority(8, KEY, keys_per_query=3, max_length=22)
+    carried = found._replace(of_sequence=None)
+    results = []
+    for running in (found, carried):
+        state = functools.partial(causal_state, running=running, block_size=4, scale=0.5)
+        out, pull = jax.vjp(lambda *tensors, state=state: state(*tensors).out, *tensors)
+        results.append((out, *pull(jnp.cos(out))))
+    assert np.any(results[0][0] != 0)
+    chex.assert_trees_all_close(*results, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("limit", [{"max_length": 8}, {"max_length": 16, "noise": jnp.linspace(0.1, 1, 9)}])
