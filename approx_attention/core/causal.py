@@ -424,11 +424,11 @@ def _together(
         """The attention of these blocks, and the states before each and after the last, if they are needed."""
         if at is not None:
 
-            def of_block(number: Array, *args: Any) -> AttentionState:
+            def of_block(at: Callable[[Array], Any], number: Array, *args: Any) -> AttentionState:
                 return _attend_block(running, *args, at(jnp.maximum(number - 1, 0)))
 
             # Within one map: what all prefixes share, such as the keys of `LiftedKV`, has no copy for each block.
-            return jax.vmap(of_block)(numbers, q, before, block), None
+            return jax.vmap(functools.partial(of_block, at))(numbers, q, before, block), None
         states = append_all_of(running)(prefix, (numbers - 1) * block_size, *before)
         prefixes = jax.tree.map(lambda x: x[:-1], states)
         return jax.vmap(functools.partial(_attend_block, running))(q, before, block, prefixes), states
