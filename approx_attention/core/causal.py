@@ -424,8 +424,8 @@ def _together(
         """The attention of these blocks, and the states before each and after the last, if they are needed."""
         if at is not None:
 
-            def of_block(at: Callable[[Array], Any], number: Array, *args: Any) -> AttentionState:
-                return _attend_block(running, *args, at(jnp.maximum(number - 1, 0)))
+            def of_block(at: Any, number: Array, q: Array, before: Block, block: Block) -> AttentionState:
+                return _attend_block(running, q, before, block, at(jnp.maximum(number - 1, 0)))
 
             # Within one map: what all prefixes share, such as the keys of `LiftedKV`, has no copy for each block.
             return jax.vmap(functools.partial(of_block, at))(numbers, q, before, block), None
