@@ -46,7 +46,7 @@ from approx_attention.kernels import (
 # Largest number of array entries per head that an accelerator holds at once: summaries of prefixes, and logits. It sets
 # the size of a group of blocks, 16,384 tokens or more with 256 features of 64 values: enough to fill the device, and no
 # more memory than the tokens of a long sequence. Groups smaller than the least group would leave the device idle. With
-# `ChosenTokens` they may be smaller, because every query gathers tokens of its own.
+# `ChosenTokens` they may be smaller, because each query gathers other tokens.
 GROUP_NUMBERS = 13_000_000
 LEAST_GROUP = 6144
 _OWNER = "a running summary"

@@ -4,11 +4,10 @@ from approx_attention.sparse.blocks import (
     BlockMap,
     block_lists_state,
     block_sparse_state,
-    gathered_state,
     is_traced,
     pairs_of_blocks,
-    rows_gathered,
 )
+from approx_attention.sparse.gathered import gathered_state, rows_gathered
 from approx_attention.sparse.hashing import Buckets, Planes
 from approx_attention.sparse.lifted import NO_NUMBER, LiftedKV, first_lifted, uniform_numbers
 from approx_attention.sparse.patterns import SparsePattern, check_pattern

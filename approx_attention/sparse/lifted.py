@@ -19,7 +19,7 @@ from approx_attention.core import (
     require_same_kind,
     token_sums_inputs,
 )
-from approx_attention.sparse.blocks import gathered_state, rows_gathered
+from approx_attention.sparse.gathered import gathered_state, rows_gathered
 from approx_attention.sparse.retrieval import is_found, largest_logits, tile_shape
 
 # Of a token that has no number: its lift is infinite, so that every query finds it, and gets NaN.

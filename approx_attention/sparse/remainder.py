@@ -34,7 +34,8 @@ from approx_attention.core import (
     running_moments,
     subtract,
 )
-from approx_attention.sparse.blocks import BlockMap, block_sparse_state, gathered_state, rows_gathered
+from approx_attention.sparse.blocks import BlockMap, block_sparse_state
+from approx_attention.sparse.gathered import gathered_state, rows_gathered
 
 # Blocks are batched up to this number of rows: large enough for matrix products, small enough for the cache.
 ROWS = 1024
