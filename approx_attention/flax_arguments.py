@@ -77,9 +77,12 @@ def split_owned(
     if not per_head:
         per_head = {}
     elif not isinstance(bound, BoundMethod):
-        raise TypeError(f"per_head is for one method of all heads, no module and none by head; got {shown(per_head)}")
+        raise TypeError(
+            "per_head is not supported with a module or HeadMethods; use one method for all heads; "
+            f"got {shown(per_head)}"
+        )
     else:
-        # The layer around tells the number of key heads, in each call.
+        # The number of key heads is known only in a call.
         sizes = {x.shape[:1] for x in jax.tree.leaves(per_head) if hasattr(x, "shape")}
         per_head = bound.of_heads(per_head, next(iter(sizes))[0] if sizes and min(sizes) else 0)
     if isinstance(bound, BoundMethod) and shared:
@@ -398,17 +401,6 @@ def real_tokens(mask: Array, batch_size: int, num_tokens: int) -> tuple[Array, A
     if not isinstance(first, Tracer) and not first.all():
         raise ValueError("while decoding, padding must be on the right: a mask must hide the last tokens of a sequence")
     return real.sum(-1, dtype=jnp.int32), first
-
-
-def cache_dtype(dtype: Any) -> str:
-    """The name of a cache's dtype. Raises ``TypeError`` unless it is float32 or float64."""
-    try:
-        name = "" if dtype is None else jnp.dtype(dtype).name
-    except TypeError:
-        name = ""
-    if name not in ("float32", "float64"):
-        raise TypeError(f"dtype of a cache must be float32 or float64, got {shown(dtype)}")
-    return name
 
 
 def matmul_precision(precision: PrecisionLike) -> contextlib.AbstractContextManager[Any]:

@@ -104,7 +104,8 @@ def tree_attention(
     options: dict[str, Any] = {"scale": scale, "is_causal": is_causal}
     if kv_mask is not None and getattr(kv_mask, "ndim", None) != 1:
         _require_any_mask(bound, is_causal)
-    if bound.is_random or key is not None:
+    # A projection that is given takes the place of what the key would sample.
+    if key is not None or (bound.is_random and not bound.has_noise()):
         key = check_key(bound.name, key)
 
     def message(node: int, asking: Array) -> AttentionState:

@@ -183,6 +183,17 @@ def test_what_is_no_array(value):
         plain_attention(*TENSORS, method="rfa", rng=KEY, per_head={"bandwidth": [1.0, 2.0]})
 
 
+def test_a_function_that_takes_any_argument_takes_arrays_by_head():
+    def scaled_mean(q, k, v, key=None, **options):
+        return options["factor"] * jnp.mean(v, axis=0, keepdims=True) * jnp.ones((q.shape[0], 1))
+
+    query, key, value = TENSORS
+    factor = jnp.array([1.0, 2.0])
+    out = plain_attention(query, key, value, method=scaled_mean, per_head={"factor": factor})
+    # The values are ones; two query heads share a key head.
+    np.testing.assert_allclose(out, np.array([1.0, 1.0, 2.0, 2.0])[:, None] * np.ones(out.shape), rtol=1e-6)
+
+
 # Decoders.
 
 
@@ -215,6 +226,16 @@ def test_tensors_of_a_heads_decoder(change, error, message):
     cache = decoder.init(2, KEY)
     with pytest.raises(error, match=message):
         decoder.extend(cache, *change(*TENSORS))
+
+
+@pytest.mark.parametrize("dtype", ["foo", "bfloat16", jnp.float16, jnp.int32, None, 3])
+def test_dtypes_of_decoders(dtype):
+    for start in (
+        lambda: heads_decoder(dtype=dtype),
+        lambda: Decoder(running=running_exact(4, max_length=8), head_dim=4, value_dim=4, block_size=4, dtype=dtype),
+    ):
+        with pytest.raises(TypeError, match="dtype of a cache must be float32 or float64, got"):
+            start()
 
 
 def test_lengths_of_a_heads_decoder():

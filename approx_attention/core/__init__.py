@@ -17,6 +17,7 @@ from approx_attention.core.causal import (
 from approx_attention.core.checks import (
     InputError,
     as_pair,
+    cache_dtype,
     check_array,
     check_bias_and_mask,
     check_choice,
@@ -211,6 +212,7 @@ __all__ = [
     "broadcast",
     "by_kv_head",
     "by_platform",
+    "cache_dtype",
     "causal_blocks",
     "causal_state",
     "causal_state_by_place",

@@ -427,7 +427,7 @@ def _together(
             def of_block(at: Any, number: Array, q: Array, before: Block, block: Block) -> AttentionState:
                 return _attend_block(running, q, before, block, at(jnp.maximum(number - 1, 0)))
 
-            # Within one map: what all prefixes share, such as the keys of `LiftedKV`, has no copy for each block.
+            # Within one map: arrays that all prefixes share, such as the keys of `LiftedKV`, are not copied.
             return jax.vmap(functools.partial(of_block, at))(numbers, q, before, block), None
         states = append_all_of(running)(prefix, (numbers - 1) * block_size, *before)
         prefixes = jax.tree.map(lambda x: x[:-1], states)

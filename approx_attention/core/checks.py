@@ -589,6 +589,17 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}{nearest}")
 
 
+def cache_dtype(dtype: Any) -> str:
+    """The name of a cache's dtype. Raises ``TypeError`` unless it is float32 or float64."""
+    try:
+        name = "" if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "float64"):
+        raise TypeError(f"dtype of a cache must be float32 or float64, got {shown(dtype)}")
+    return name
+
+
 def check_key(method: str, key: Any) -> Any:
     """Return ``key`` if it is one typed PRNG key.
 

@@ -34,8 +34,8 @@ from approx_attention.coresets.coreset import algorithm_of, centred_tokens, comp
 from approx_attention.coresets.guard import best_of
 
 Streaming = Literal["fold", "refit", "counter"]
-# The default, and the only algorithm of a fold.
-FOLLOWED = {"fold": ("guarded", "kmeans_nystrom", "kmeans_merge"), "refit": ("guarded",)}
+# The default, and what these forms are. A fold merges; weights that another algorithm solves for would be ignored.
+FOLLOWED = {"fold": ("guarded", "kmeans_merge"), "refit": ("guarded",)}
 
 # The exponent of the kernel of refits is that of `Guarded`, in units of that of the logits.
 REFIT_EXPONENT, REFIT_RIDGE = 0.75, 1e-4

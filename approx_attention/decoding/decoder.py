@@ -14,6 +14,7 @@ from approx_attention.core import (
     Past,
     RunningSummary,
     attend,
+    cache_dtype,
     check_bits,
     check_count,
     check_flag,
@@ -106,7 +107,7 @@ class Decoder:
         for name in ("head_dim", "value_dim", "block_size"):
             keep_count(self, name)
         logit_scale(self.scale, self.head_dim)
-        _check_dtype(self.dtype)
+        cache_dtype(self.dtype)
         if self.cache_bits is not None:
             check_bits("cache_bits", self.cache_bits)
             if self.running.quantized is None:
@@ -239,11 +240,6 @@ class Decoder:
         return Block(fold_scale(k, k, self.scale)[1], v, real)
 
 
-def _check_dtype(dtype: Any) -> None:
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
-        raise TypeError(f"dtype of a cache must be float32 or float64, got {jnp.dtype(dtype)}")
-
-
 class HeadsCache(NamedTuple):
     """The cache of all heads of a batch of sequences.
 
@@ -342,7 +338,7 @@ class HeadsDecoder:
             "scale": scale,
             "dtype": dtype,
         }
-        _check_dtype(dtype)
+        cache_dtype(dtype)
         self.cache_bits = None if cache_bits is None else check_bits("cache_bits", cache_bits)
         self.num_kv_heads = check_count("num_kv_heads", num_kv_heads)
         self.certify, self.room = None, 0

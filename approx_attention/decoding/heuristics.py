@@ -203,7 +203,9 @@ def _unlike_the_mean(tokens: WeightedKV, queries: Queries) -> Array:
 def _snap(tokens: WeightedKV, queries: Queries) -> Array:
     attention = received(tokens, queries.recent(SNAP_QUERIES))
     # Neighbours of a key with much attention are kept with it, so that phrases stay together.
-    return jnp.convolve(attention, jnp.full((SNAP_POOL,), 1 / SNAP_POOL, attention.dtype), mode="same")
+    # Padded here, because the mode "same" returns as many numbers as the longer of both arrays.
+    padded = jnp.pad(attention, SNAP_POOL // 2)
+    return jnp.convolve(padded, jnp.full((SNAP_POOL,), 1 / SNAP_POOL, attention.dtype), mode="valid")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,6 @@ from approx_attention.core import (
     causal_blocks,
     check_count,
     check_flag,
-    check_key,
     check_layout,
     each,
     finite_peak,
@@ -123,8 +122,6 @@ def attention(
         if name is not None and name not in mesh.shape:
             raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
     bound = bind(method, hyperparameters, options=OPTIONS)
-    if bound.is_random:
-        check_key(bound.name, rng)
     bound.check_values({"scale": scale})
     static, arrays = split_arrays(bound.name, {**bound.hyperparameters, "scale": scale})
     unbound = dataclasses.replace(bound, hyperparameters={})

@@ -135,7 +135,7 @@ def compare(
         return result if real is None else tuple(None if x is None else x[real] for x in result)
 
     steps = len(arms) + 2
-    on_progress("exact answer", 0, steps)
+    on_progress("exact output", 0, steps)
     # Exact outputs are in full precision. Configurations use the precision that the user has set: their errors and
     # times come from the same program.
     with in_float32():

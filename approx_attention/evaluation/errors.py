@@ -46,8 +46,9 @@ def output_error(out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows D
     """
     if out.shape != exact_out.shape:
         raise ValueError(f"outputs to compare must have one shape, got {out.shape} and {exact_out.shape}")
-    exact_rows = exact_out.astype(jnp.float32)
-    difference = jnp.sum((out.astype(jnp.float32) - exact_rows) ** 2, axis=-1)
+    dtype = accumulation_dtype(out, exact_out)
+    exact_rows = exact_out.astype(dtype)
+    difference = jnp.sum((out.astype(dtype) - exact_rows) ** 2, axis=-1)
     exact_norm = jnp.sum(exact_rows**2, axis=-1)
     relative = jnp.sqrt(jnp.sum(difference) / jnp.sum(exact_norm))
     return OutputError(relative, jnp.sqrt(jnp.max(difference) / jnp.mean(exact_norm)))

@@ -90,8 +90,8 @@ def lara(
         correction: the factor of the query-specific term; only for that rule.
         proposal_mean: :math:`\mu` ``[C, D]`` in scaled space, for example learned, in place of the pooled means;
             ``num_landmarks`` is then ignored.
-        query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space in place of the pooled means; only for the
-            query-specific rule.
+        query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space in place of the pooled means, also in
+            :math:`\mu` unless ``proposal_mean`` is given.
         spatial_shape: height and width of an image whose pixels are the tokens, row by row. The segments are then
             rectangles; their number is the largest square up to C.
         num_samples: samples per proposal, unless ``noise`` is given.

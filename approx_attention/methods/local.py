@@ -39,10 +39,11 @@ def local(
     Args:
         window_size: a number w, or a pair ``(l, r)`` of the numbers of tokens before and after the query's own, as in
             `jax.nn.dot_product_attention`. With ``is_causal``, w means l = w - 1 and r = 0 (w tokens in all, with the
-            query's own); a pair needs r = 0. Else w means l = r = w - 1 (2w - 1 tokens in all).
+            query's own), and the r later tokens of a pair stay hidden. Else w means l = r = w - 1 (2w - 1 tokens in
+            all).
 
     Raises:
-        ValueError: shapes that do not match, a window without any key.
+        ValueError: shapes that do not match, a window below 1 or with negative sides.
         TypeError: dtypes that are not floating point.
 
     Example:

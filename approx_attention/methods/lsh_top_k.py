@@ -110,7 +110,7 @@ def _found_by_hashing(
 
     def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
         q, place = args
-        # Sorted, a key that several rounds found stands behind its like, and is counted once.
+        # After sorting, repeated keys are adjacent, and all but the first are hidden.
         places = jnp.sort(buckets.met(q, place, count, is_causal), axis=1)
         again = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
         # Gathered once: fused into the product, rows would be read once for each use.

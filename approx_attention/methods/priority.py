@@ -89,7 +89,7 @@ def priority(
 
     def running(head_dim: int) -> RunningSummary:
         check_noise(noise, k.shape[0])
-        # The causal form moves real keys to the front, and their numbers must go along.
+        # The causal form moves real keys to the front, and their random numbers must move with them.
         moved = noise if noise is None or kv_mask is None else RealFirst.of(kv_mask).front(noise)
         return running_priority(head_dim, key, keys_per_query=keys_per_query, noise=moved, max_length=q.shape[0])
 

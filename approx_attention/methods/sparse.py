@@ -14,6 +14,7 @@ from approx_attention.core import (
     AttentionState,
     FeatureMoments,
     Summary,
+    WeightedKV,
     check_count,
     checked_soft_cap,
     head_inputs,
@@ -186,7 +187,8 @@ def sparse_plus_summary(
     Raises:
         ValueError: shapes that do not match; causally, a block that does not see itself.
         TypeError: dtypes that are not floating point, a pattern that is neither of the two kinds.
-        NotImplementedError: a `SparsePattern` with a summary of tokens.
+        NotImplementedError: a `SparsePattern` with a summary of tokens, a `BlockMap` with one that is neither
+            `FeatureMoments` nor `WeightedKV`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -210,6 +212,11 @@ def sparse_plus_summary(
         def of_block(k: Array, v: Array, kv_mask: Array, number: Array) -> Summary:
             block_key = None if key is None else jax.random.fold_in(key, number)
             summary = require_scaled_space("sparse_plus_summary", summarize(k, v, block_key, kv_mask=kv_mask))
+            if not isinstance(summary, FeatureMoments | WeightedKV):
+                raise NotImplementedError(
+                    "sparse_plus_summary with a BlockMap supports FeatureMoments and WeightedKV only, got "
+                    f"{type(summary).__name__}"
+                )
             # Moments of several blocks are added, so all need the features of one PRNG key. The kind of a summary is
             # known only after it is made; XLA removes the unused one.
             return summarize(k, v, key, kv_mask=kv_mask) if isinstance(summary, FeatureMoments) else summary

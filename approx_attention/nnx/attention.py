@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from approx_attention import distributed, flax_arguments
 from approx_attention.api import attention
-from approx_attention.core import check_count, check_flag
+from approx_attention.core import cache_dtype, check_count, check_flag
 from approx_attention.decoding import (
     Certificate,
     CertifiedCache,
@@ -344,7 +344,7 @@ class ApproxAttention(nnx.Module):
         if self.mesh is not None:
             raise NotImplementedError("a layer with a mesh does not support decoding; make one without mesh")
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-        sizes = {**sizes, "max_length": max_length, "dtype": flax_arguments.cache_dtype(dtype)}
+        sizes = {**sizes, "max_length": max_length, "dtype": cache_dtype(dtype)}
         sizes |= {"certify": certify, "cache_bits": cache_bits, "block_size": block_size}
         kept = None
         if check_count("keep_queries", keep_queries, least=0):
@@ -405,7 +405,7 @@ class ApproxAttention(nnx.Module):
         return self.cache, self.sizes, self.treedef
 
     def _hold(self, cache: nnx.List | None, sizes: dict[str, Any], treedef: Any) -> None:
-        """Take what `_held` gave, or None for no cache."""
+        """Restore the result of `_held`, or None for no cache."""
         self.cache, self.sizes, self.treedef = nnx.data(cache), nnx.static(sizes), nnx.static(treedef)
 
     @property

@@ -18,6 +18,7 @@ from approx_attention.core import (
     Block,
     RunningSummary,
     Summary,
+    accumulation_dtype,
     check_count,
     check_key,
     check_scale,
@@ -151,11 +152,11 @@ class BoundMethod:
         """
         if not isinstance(per_head, Mapping):
             raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
-        known = arguments(self.function) or ()
+        known = arguments(self.function)
         for name, x in per_head.items():
             if name in OPTIONS:
                 raise TypeError(f"per_head supports arguments of the method only, but {name!r} applies to all heads")
-            if name not in known:
+            if known is not None and name not in known:
                 raise TypeError(f"method {self.name!r} has no argument {name!r}{did_you_mean(name, known)}")
             if name in self.hyperparameters:
                 raise TypeError(f"argument {name!r} is given both per_head and for all heads")
@@ -428,14 +429,14 @@ class BoundMethod:
         method = self.registered
         if method is None:
             return None
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        key, held = jax.eval_shape(lambda: jax.random.key(0)), accumulation_dtype(jax.ShapeDtypeStruct((), dtype))
         if is_causal and method.running is not None and method.block in defaults(method.function):
             roomy = dataclasses.replace(self, hyperparameters={"max_length": num_keys, **self.hyperparameters})
 
             def cache(key: Array) -> Any:
                 running = roomy.running(head_dim, key)
-                block = Block.empty(self.block_size, head_dim, value_dim, jnp.float32)
-                return block[:2], block[:2], running.read(running.init(value_dim, jnp.float32))
+                block = Block.empty(self.block_size, head_dim, value_dim, held)
+                return block[:2], block[:2], running.read(running.init(value_dim, held))
 
             return summary_bytes(jax.eval_shape(cache, key))
         if method.summarize is not None:
@@ -443,7 +444,8 @@ class BoundMethod:
             return summary_bytes(jax.eval_shape(self.summarize, *tokens, key))
         if method.tokens_seen is None:
             return None
-        return min(method.tokens_seen(self.arguments, is_causal), num_keys) * (head_dim + value_dim) * 4
+        numbers = min(method.tokens_seen(self.arguments, is_causal), num_keys) * (head_dim + value_dim)
+        return numbers * jnp.dtype(held).itemsize
 
     def for_decoding(self, max_length: int | None = None, block_size: int | None = None) -> "BoundMethod":
         """Bind the method for a decoder.

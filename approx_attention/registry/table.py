@@ -104,7 +104,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             size="keys_per_query",
             usual_size=32,
             capabilities=Capabilities(needs_key=True, exact_limit=True, soft_cap=True),
-            # Four rounds of two buckets are looked through.
+            # Four rounds of two buckets are searched.
             cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (8 * D + D + Dv),
             reference="Kitaev et al. 2020",
         ),

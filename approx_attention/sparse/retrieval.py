@@ -54,7 +54,7 @@ def largest_logits(
             # all tiles of queries, and differentiation would move it out of their loop and store it for all rows.
             seen = real[None, :] & (number[None, :] <= position[:, None])
             logits = jnp.where(seen, q @ k.T + lift[None, :], -jnp.inf)
-            # The best of a block are few, so that few are sorted twice; the earlier come first, and so win ties.
+            # Each block keeps only its best keys, so the second sort is small; the earlier come first, and win ties.
             logits, place = lax.top_k(logits, min(count, columns))
             both = jnp.concatenate([best[0], logits], axis=1), jnp.concatenate([best[1], number[place]], axis=1)
             logits, place = lax.top_k(both[0], count)

@@ -70,6 +70,17 @@ def test_scores_of_the_heuristics():
     assert (np.diff(score["streaming_llm"]) > 0).all()
 
 
+@pytest.mark.parametrize("num_keys", [1, 3, 4])
+def test_the_score_of_few_keys_is_attention_around_each(num_keys):
+    """A pool of five keys, of which fewer exist: each score is the sum over the keys within two places."""
+    q, k, v = random_head(41, 6, num_keys, 6, 3)
+    tokens = WeightedKV.of_tokens(k, v)
+    attention = brute_force(q, k, np.eye(num_keys), scale=1.0)[0].sum(0)
+    near = np.abs(np.subtract.outer(np.arange(num_keys), np.arange(num_keys))) <= 2
+    score = jax.jit(HEURISTICS["snapkv"].score)(tokens, Queries.last(q, num_keys, after=6))
+    np.testing.assert_allclose(score, near @ attention / 5, rtol=1e-5)
+
+
 def test_a_cache_with_room_for_all_loses_nothing_and_decodes_on():
     q, k, v = random_head(40, 120, 120, 6, 3)
     exact_decoder = Decoder(running=running_exact(6, max_length=128), head_dim=6, value_dim=3, block_size=8)

@@ -224,6 +224,15 @@ def test_sharded_arguments_within_a_compiled_gradient(name, axis_type):
         assert ours.sharding.is_equivalent_to(layout, 4)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_given_projection_takes_the_place_of_a_key(is_causal):
+    options = {"method": "favor", "is_causal": is_causal, "projection": jax.random.normal(jax.random.key(1), (6, 8))}
+    if is_causal:
+        options["block_size"] = 8
+    heads = random_heads(4, 1, 32, 32, 2, 1, 8)
+    np.testing.assert_allclose(sharded(*heads, 2, rng=None, **options), attention(*heads, **options), atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
@@ -234,7 +243,7 @@ def test_sharded_arguments_within_a_compiled_gradient(name, axis_type):
         (ValueError, "must be at least the number of devices, 4, got 3", {"method": "mean_pool", "num_landmarks": 3}),
         (ValueError, "must fit a device's part of 16 tokens", {"method": "local", "window_size": 40}),
         (TypeError, "no argument 'num_feetures'; did you mean 'num_fe", {"method": "favor", "num_feetures": 4}),
-        (ValueError, "favor is random: pass a key", {"method": "favor", "rng": None}),
+        (ValueError, "'favor' is random: pass rng", {"method": "favor", "rng": None}),
         (ValueError, "unknown method 'favour'", {"method": "favour"}),
     ],
 )  # fmt: skip

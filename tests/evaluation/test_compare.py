@@ -26,7 +26,7 @@ from approx_attention.evaluation import (
 )
 from approx_attention.evaluation.arms import build_arms, exact_arms
 from approx_attention.evaluation.comparison import best_rows
-from approx_attention.registry import METHODS
+from approx_attention.registry import METHODS, bind
 from tests.references import brute_force, random_heads
 
 
@@ -228,6 +228,12 @@ def test_bytes_held(tensors):
     causal = {arm.label: arm.held_bytes for arm in build_arms(Problem(loaded, is_causal=True), ["mean_pool"], [8])}
     assert causal["mean_pool 8"] == held["mean_pool 8"] + 2 * 128 * 16 * 4
     assert causal["local 8"] == 8 * 16 * 4
+
+
+@pytest.mark.parametrize(("name", "is_causal"), [("mean_pool", False), ("mean_pool", True), ("local", False)])
+def test_float64_takes_twice_the_bytes(name, is_causal, x64):
+    held = [bind(name).held_bytes(256, 8, 8, dtype, is_causal=is_causal) for dtype in (jnp.float64, jnp.bfloat16)]
+    assert held[0] == 2 * held[1] > 0
 
 
 def comparison(method, seconds, error, is_exact=False):

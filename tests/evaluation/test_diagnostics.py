@@ -23,6 +23,13 @@ def test_output_error_of_known_differences():
         inspect.unwrap(output_error)(exact, exact[0])
 
 
+def test_small_errors_of_float64_outputs_are_not_rounding(x64):
+    exact = np.random.default_rng(0).normal(size=(4, 3))
+    error = output_error(jnp.asarray(exact * (1 + 1e-12)), jnp.asarray(exact))
+    assert error.relative.dtype == jnp.float64
+    assert float(error.relative) == pytest.approx(1e-12, rel=1e-2)
+
+
 def test_skill_is_a_share_of_the_error_of_the_trivial_answer():
     exact, mean = jnp.array([[1.0], [3.0]]), jnp.array([[2.0]])
     assert float(skill(jnp.broadcast_to(mean, (2, 1)), exact, mean)) == pytest.approx(1)

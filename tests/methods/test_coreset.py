@@ -352,8 +352,10 @@ def test_signed_masses_cannot_be_compressed_again():
     k, v = clustered(36, 64)
     with pytest.raises(ValueError, match="signed masses are not supported"):
         compress(small_of(k[:NUM_KEYS], v[:NUM_KEYS], algorithm="kmeans_nystrom"), KEY, coreset_size=4)
-    with pytest.raises(ValueError, match="streaming='fold' uses neither of algorithm and query_radius"):
-        jax.eval_shape(functools.partial(coreset, coreset_size=8, algorithm="halving", is_causal=True), k, k, v, KEY)
+    for algorithm in ("halving", "kmeans_nystrom"):
+        fold = functools.partial(coreset, coreset_size=8, algorithm=algorithm, is_causal=True)
+        with pytest.raises(ValueError, match="streaming='fold' uses neither of algorithm and query_radius"):
+            jax.eval_shape(fold, k, k, v, KEY)
     with pytest.raises(ValueError, match="makes signed masses, which a counter does not support"):
         jax.eval_shape(
             functools.partial(coreset, coreset_size=8, streaming="counter", is_causal=True, block_size=8), k, k, v, KEY

@@ -93,7 +93,7 @@ def test_the_search_for_the_supremum_has_converged():
 # streams
 
 
-@pytest.mark.parametrize(("streaming", "algorithm"), [("fold", "kmeans_nystrom"), ("counter", "halving")])
+@pytest.mark.parametrize(("streaming", "algorithm"), [("fold", "kmeans_merge"), ("counter", "halving")])
 def test_streams_keep_the_mass_and_come_near_the_offline_coreset(streaming, algorithm):
     k, v = clustered(33, 512)
     running = running_coreset(HEAD_DIM, KEY, coreset_size=32, algorithm=algorithm, streaming=streaming, max_length=512)

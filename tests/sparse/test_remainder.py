@@ -26,6 +26,7 @@ from approx_attention import (
     summarize_favor,
     summarize_mean_pool,
     summarize_polynomial,
+    summarize_priority,
 )
 from approx_attention.core import TrigonometricFeatures, averaging_matrix, gaussian_projection
 from approx_attention.core import subtract as take_away
@@ -206,6 +207,13 @@ def test_signed_masses_and_means_of_blocks():
     mask = np.concatenate([near, ~near[:, ::4]], axis=1)
     bias = np.log(np.where(np.arange(80) < 64, 1.0, 4.0))[None]
     np.testing.assert_allclose(answers[1], brute_force(q, keys, values, mask=mask, bias=bias)[0], atol=2e-6)
+
+
+def test_a_summary_whose_part_cannot_be_left_out_is_an_error():
+    q, k, v = random_head(25, 16, 16)
+    pattern = BlockMap.banded(1, 1, block_size=4, num_queries=16, num_keys=16)
+    with pytest.raises(NotImplementedError, match="supports FeatureMoments and WeightedKV only, got LiftedKV"):
+        sparse_plus_summary(q, k, v, jax.random.key(0), pattern=pattern, summarize=summarize_priority)
 
 
 def test_a_later_token_changes_no_earlier_answer_of_support_and_summary():

@@ -168,6 +168,16 @@ def test_methods_with_room_for_all_keys_are_exact(method, size):
     close(state.lse, expected.lse, tolerance)
 
 
+def test_a_given_projection_takes_the_place_of_a_key():
+    q, k, v, _ = tree_tensors(8, 8, 8, 2, jnp.float32)
+    options = {"parents": (-1, 0), "method": "favor"}
+    projection = jax.random.normal(jax.random.key(1), (6, 4))
+    with_key = compiled(q, k, v, jax.random.key(0), projection=projection, **options)
+    np.testing.assert_array_equal(compiled(q, k, v, projection=projection, **options), with_key)
+    with pytest.raises(ValueError, match="favor is random: pass a key"):
+        jax.eval_shape(functools.partial(tree_attention, **options), q, k, v)
+
+
 @pytest.mark.parametrize("method", ["mean_pool", "local"])
 def test_causal_forms_with_room_for_all_keys_are_exact(method):
     q, k, v, _ = tree_tensors(7, 24, 24, 2, jnp.float32, spread=0.7)
