@@ -5,6 +5,7 @@ for several platforms it lowers every branch for all of them. The lowering of a 
 knows whether the program is partitioned automatically over devices, which fused kernels do not support.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 from approx_attention.kernels.rows import along_with
 
@@ -158,7 +159,20 @@ class ByPlatform:
                 chosen = self.fused[form]
                 # In a program for several platforms this part is for one platform.
                 ctx = ctx.replace(module_context=module.replace(platforms=(form,)))
-        return mlir.lower_fun(mapped_form(chosen, options, mapped), multiple_results=True)(ctx, *operands)
+        with _for_some_gpu(form):
+            return mlir.lower_fun(mapped_form(chosen, options, mapped), multiple_results=True)(ctx, *operands)
+
+
+def _for_some_gpu(form: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which Pallas lowers kernels for a GPU on a machine without one: from JAX 0.12 it asks which.
+
+    The oldest GPU that the kernels are for, because the lowered kernels run on later ones too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if form not in ("cuda", "rocm") or mesh.abstract_device is not None or jax.local_devices()[0].platform == "gpu":
+        return contextlib.nullcontext()
+    device = AbstractDevice("NVIDIA A100", None, "gpu")
+    return use_abstract_mesh(AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device))
 
 
 def mapped_form(function: Callable[..., Any], options: Options, mapped: tuple[Mapped, ...]) -> Callable[..., Any]:

@@ -64,7 +64,7 @@ def transcribed(q, k, v, u, count, mask, near=False, scale=None):
     weights = np.exp(q @ k.T * (1 / np.sqrt(q.shape[1]) if scale is None else scale))
     factors = np.zeros_like(weights)
     for t, row in enumerate(weights):
-        seen = np.flatnonzero((mask & ~near)[t])
+        seen = np.flatnonzero((mask & np.logical_not(near))[t])
         order = seen[np.argsort(-row[seen] / u[seen])]
         threshold = row[order[count]] / u[order[count]] if len(order) > count else 0
         chosen = order[:count]
