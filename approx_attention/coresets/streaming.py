@@ -34,7 +34,7 @@ from approx_attention.coresets.coreset import algorithm_of, centred_tokens, comp
 from approx_attention.coresets.guard import best_of
 
 Streaming = Literal["fold", "refit", "counter"]
-# The default, and what these forms are. A fold merges; weights that another algorithm solves for would be ignored.
+# The algorithms that these forms support. A fold merges clusters, and would ignore weights that another solves for.
 FOLLOWED = {"fold": ("guarded", "kmeans_merge"), "refit": ("guarded",)}
 
 # The exponent of the kernel of refits is that of `Guarded`, in units of that of the logits.

@@ -166,7 +166,7 @@ class ByPlatform:
 def _for_some_gpu(form: str) -> contextlib.AbstractContextManager[Any]:
     """A context in which Pallas lowers kernels for a GPU on a machine without one: from JAX 0.12 it asks which.
 
-    The oldest GPU that the kernels are for, because the lowered kernels run on later ones too.
+    An older GPU than the H200, so that what is lowered uses nothing that only the newest have.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if form not in ("cuda", "rocm") or mesh.abstract_device is not None or jax.local_devices()[0].platform == "gpu":
