@@ -181,7 +181,7 @@ def test_given_arrays_of_linen_can_be_learned_within_a_layer():
         (lambda: ours.ApproxAttention("favor", per_head={"proposals": np.ones((2, 3))}), "did you mean 'proposal'"),
         (
             lambda: ours.ApproxAttention(ours.Hedgehog(8, 2), per_head={"noise": np.ones((2, 3))}),
-            "one method of all heads",
+            "one method for all heads",
         ),
         (lambda: ours_linen.ApproxAttention("favor", arrays={"proposal": 3}), "arrays must be functions"),
         (lambda: ours_linen.ApproxAttention("favor", arrays={"proposals": projection}), "did you mean 'proposal'"),
