@@ -1,4 +1,4 @@
-"""`attention` against `jax.nn.dot_product_attention`, and its further options."""
+"""Options of `attention` that `jax.nn.dot_product_attention` lacks; tests/test_like_jax_nn.py has the others."""
 
 import functools
 
@@ -9,55 +9,9 @@ import pytest
 
 from approx_attention import METHODS, attention, exact
 from tests.forms import one_form
-from tests.references import brute_force, compiled, random_heads
+from tests.references import brute_force, random_heads
 
 SHAPE = dict(batch=2, num_queries=9, num_keys=11, num_heads=4, num_kv_heads=2)
-random = np.random.default_rng(0)
-theirs = compiled(jax.nn.dot_product_attention)
-
-
-def mask_of(*shape):
-    """A random mask that is true for the first key."""
-    mask = random.random(shape) < 0.7
-    mask[..., 0] = True
-    return jnp.asarray(mask)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"scale": 0.7},
-        {"is_causal": True},
-        {"mask": mask_of(2, 1, 1, 11)},
-        {"mask": mask_of(2, 4, 9, 11)},
-        {"mask": mask_of(1, 1, 9, 11), "is_causal": True},
-        {"bias": jnp.asarray(random.normal(size=(1, 4, 9, 11)), jnp.float32)},
-        {"bias": jnp.asarray(random.normal(size=(2, 1, 9, 11)), jnp.float32), "is_causal": True},
-        {"key_value_seq_lengths": jnp.array([4, 11])},
-        {"query_seq_lengths": jnp.array([4, 9]), "key_value_seq_lengths": jnp.array([4, 11])},
-    ],
-    ids=lambda options: "+".join(options) or "plain",
-)
-def test_exact_equals_jax_nn(options):
-    tensors = random_heads(0, **SHAPE)
-    ours = attention(*tensors, method="exact", **options)
-    np.testing.assert_allclose(ours, theirs(*tensors, **options), atol=2e-6)
-
-
-@pytest.mark.parametrize("window", [3, (2, 0), (0, 4)])
-def test_local_window_size_equals_jax_nn(window):
-    query, key, value = random_heads(1, 2, 11, 11, 4, 2)
-    ours = attention(query, key, value, method="exact", local_window_size=window)
-    np.testing.assert_allclose(ours, theirs(query, key, value, local_window_size=window), atol=2e-6)
-
-
-def test_residual_equals_jax_nn():
-    tensors = random_heads(2, **SHAPE)
-    out, lse = attention(*tensors, method="exact", return_residual=True)
-    expected, expected_lse = theirs(*tensors, return_residual=True)
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
 
 
 def test_the_heads_of_keys_may_differ_in_their_values_dimension():

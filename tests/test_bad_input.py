@@ -22,7 +22,7 @@ from approx_attention.coresets import (
     SubGen,
     running_coreset,
 )
-from approx_attention.decoding import pyramid_budgets, shared_sizes, token_budget
+from approx_attention.decoding import compress_heads, pyramid_budgets, shared_sizes, token_budget
 from approx_attention.evaluation import Problem, Tensors
 from approx_attention.evaluation.arms import build_arms
 from approx_attention.methods import running_exact
@@ -346,6 +346,29 @@ def test_compressing_what_is_no_tensor_or_cache():
         compress_cache((), budget=8)  # pyright: ignore[reportArgumentType]
     narrow = compiled(compress_cache)(cache, budget=np.uint8(16), sinks=np.uint8(2), policy="knorm")
     assert narrow.past.prefix.fixed.mass.shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"queries": TENSORS[0][0]},
+            ValueError,
+            r"queries must be .* = \[2, 1 or more, .*, 4\], got shape",
+        ),
+        ({"queries": TENSORS[0][:1]}, ValueError, r"queries must be \[B, T, N, D\].* got shape \(1, 6, 4, 4\)"),
+        ({"queries": TENSORS[0][:, :, :3]}, ValueError, r"a multiple of 2, 4\], got shape \(2, 6, 3, 4\)"),
+        ({"queries": TENSORS[0][:, :0]}, ValueError, r"queries must be .* got shape \(2, 0, 4, 4\)"),
+        ({"queries": TENSORS[0][..., :3]}, ValueError, r"queries must be .* got shape \(2, 6, 4, 3\)"),
+        ({"queries": [[1.0]]}, TypeError, "queries must be a floating-point array, got list"),
+        ({"sizes": jnp.ones(3, int)}, ValueError, r"sizes must be \[K\] = \[2\], got shape \(3,\)"),
+    ],
+)
+def test_compressing_the_caches_of_heads(options, error, message):
+    decoder = HeadsDecoder("exact", num_kv_heads=2, head_dim=4, max_length=8, block_size=4)
+    _, cache = compiled(decoder.extend)(decoder.init(2), *TENSORS)
+    with pytest.raises(error, match=message):
+        inspect.unwrap(compress_heads)(decoder, cache, KEY, budget=4, sinks=0, policy="h2o", **options)
 
 
 def test_budgets():

@@ -18,6 +18,19 @@ pytestmark = pytest.mark.all_forms
 PLATFORMS = ("cpu", "cuda", "tpu")
 # One method with features, one with chunks, one with pairs of tokens; slow tests cover all.
 FEW = ("favor", "eva", "exact")
+# One method of each kind of causal or platform-dependent execution, beyond those.
+KINDS = (
+    "block_linformer",
+    "coreset",
+    "lara",
+    "linformer",
+    "local",
+    "lsh_top_k",
+    "mean_pool",
+    "nystrom",
+    "priority",
+    "rfa",
+)
 SHAPE = {"batch": 1, "num_queries": 64, "num_keys": 64, "num_heads": 2, "num_kv_heads": 2}
 
 few_methods = pytest.mark.parametrize(
@@ -44,7 +57,10 @@ def exported_for_all(function):
     return jax.export.export(function, platforms=PLATFORMS, disabled_checks=export_checks())
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in FEW])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ALL if name not in FEW],
+)
 def test_every_gradient_is_exported_for_all_platforms_in_one(name):
     function, arguments = program(name)
     assert exported_for_all(function)(*arguments).platforms == PLATFORMS

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from approx_attention import METHODS, attention, exact, favor
-from tests.cases import CAUSAL, DIRECTIONS, call, case_of, one_direction, settings
-from tests.references import random_head, random_heads
+from tests.cases import DIRECTIONS, case_of, one_direction, settings
+from tests.references import random_heads
 
-pytestmark = pytest.mark.all_forms
+# Nestings are traced in the forms of all platforms; the rest concerns arguments.
+all_forms = pytest.mark.all_forms
 
 B, T, N, D = 2, 9, 4, 8
 
@@ -95,6 +96,7 @@ FORWARD = {
 }
 
 
+@all_forms
 @one_direction
 @pytest.mark.parametrize("nesting", [pytest.param(x, marks=pytest.mark.slow) for x in NESTINGS])
 def test_nested_transformations_trace(name, is_causal, nesting):
@@ -102,6 +104,7 @@ def test_nested_transformations_trace(name, is_causal, nesting):
     jax.eval_shape(transform(bound(name, is_causal)), *tensors)
 
 
+@all_forms
 @one_direction
 def test_all_nestings_at_once_trace(name, is_causal):
     # This contains the pairs of the nestings above, which are slow tests because they take longer.
@@ -113,6 +116,7 @@ def test_all_nestings_at_once_trace(name, is_causal):
     jax.eval_shape(jax.vmap(gradients, (0, None, None, None)), *tensors)
 
 
+@all_forms
 @pytest.mark.parametrize(
     ("name", "is_causal"),
     [pytest.param(*x, marks=() if x[0] in ("exact", "favor", "mean_value") else pytest.mark.slow) for x in DIRECTIONS],
@@ -131,6 +135,7 @@ def test_each_tensor_may_vary_along_an_axis_of_the_mesh_alone(name, is_causal):
     jax.eval_shape(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs[:3]), *tensors)
 
 
+@all_forms
 @pytest.mark.parametrize("nesting", [x for x in NESTINGS if x not in ("grad(grad)", "vmap(value_and_grad(vmap))")])
 def test_nested_transformations_of_exact_attention_trace(nesting):
     transform, tensors = NESTINGS[nesting]
@@ -141,6 +146,7 @@ def test_nested_transformations_of_exact_attention_trace(nesting):
         jax.eval_shape(transform(function), *tensors)
 
 
+@all_forms
 @pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS)
 @pytest.mark.parametrize("nesting", [pytest.param(x, marks=pytest.mark.slow) for x in FORWARD])
 def test_every_method_has_forward_mode(name, is_causal, nesting):
@@ -148,6 +154,7 @@ def test_every_method_has_forward_mode(name, is_causal, nesting):
     jax.eval_shape(transform(bound(name, is_causal)), *tensors)
 
 
+@all_forms
 @pytest.mark.parametrize("implementation", [None, "dense"])
 def test_forward_mode_of_exact_attention(implementation):
     tensors = random_heads(0, 2, T, T, N, 2, D)
@@ -158,6 +165,7 @@ def test_forward_mode_of_exact_attention(implementation):
     np.testing.assert_allclose(tangent, np.subtract(*moved) / (2 * step), atol=2e-3)
 
 
+@all_forms
 @pytest.mark.parametrize("name", ["exact", "favor", pytest.param("mean_pool", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_gradient_of_vmap_is_that_of_the_batch(name, is_causal):
@@ -330,15 +338,3 @@ def test_numbers_of_single_heads_are_checked():
     query, key, value = random_heads(6, 1, T, T, 2, 2, D)
     with pytest.raises(ValueError, match=r"bandwidth must be finite, got nan in an array of shape \(2, 8\)"):
         bound("rfa", per_head={"bandwidth": jnp.ones((2, D)).at[1, 2].set(jnp.nan)})(query, key, value)
-
-
-# Claims of the guide on masks about numbers that are not finite.
-
-
-# The proposals of ra are sums over a row of all keys.
-@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "ra"])
-def test_a_nan_in_a_later_key_reaches_no_earlier_query(name):
-    q, k, v = random_head(8, 19, 19)
-    clean = call(name, q, k, v, is_causal=True)
-    for soiled in ((q.at[9].set(jnp.nan), k, v), (q, k.at[9].set(jnp.nan), v), (q, k.at[9].set(jnp.inf), v)):
-        np.testing.assert_array_equal(call(name, *soiled, is_causal=True)[:9], clean[:9])

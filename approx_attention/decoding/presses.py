@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from approx_attention.core import RunningSummary, WeightedKV, check_bits, check_count, check_key, each, fold_scale
+from approx_attention.core import (
+    RunningSummary,
+    WeightedKV,
+    check_bits,
+    check_count,
+    check_floating,
+    check_key,
+    each,
+    fold_scale,
+)
 from approx_attention.coresets import Algorithm
 from approx_attention.decoding.compression import compress_cache, running_compressed, tokens_in
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
@@ -100,9 +109,9 @@ def compress_heads(
         The decoder that continues, and its cache.
 
     Raises:
-        TypeError: the cache does not contain unchanged tokens.
+        TypeError: the cache does not contain unchanged tokens, or queries are not floating point.
         NotImplementedError: the cache belongs to attention with capped logits.
-        ValueError: as in `compress_cache`.
+        ValueError: queries or sizes have another shape; and as in `compress_cache`.
 
     Example:
         >>> import jax
@@ -136,10 +145,10 @@ def compress_heads(
         coreset_size=coreset_size,
         prefix_bits=bits,
     )
+    if sizes is not None and jnp.shape(sizes) != (decoder.num_kv_heads,):
+        raise ValueError(f"sizes must be [K] = [{decoder.num_kv_heads}], got shape {jnp.shape(sizes)}")
     if queries is not None:
-        batch, num_queries, num_heads, head_dim = queries.shape
-        grouped = queries.reshape(batch, num_queries, decoder.num_kv_heads, num_heads // decoder.num_kv_heads, head_dim)
-        queries = jnp.moveaxis(fold_scale(grouped, prefix.k, decoder.sizes["scale"])[0], 2, 1)
+        queries = _by_key_head(queries, prefix, decoder)
     key_policy, key_folding = jax.random.split(key)
     keys = jax.random.split(key_policy, prefix.mass.shape[:2])
     options = {"budget": budget, "coreset_size": coreset_size, "policy": policy, "sinks": sinks}
@@ -147,6 +156,19 @@ def compress_heads(
     static = tuple(options.items())
     compressed = _compressed(heads._replace(length=None), keys, sizes, queries, static)
     return after, HeadsCache(compressed._replace(length=heads.length), after._draw(key_folding))
+
+
+def _by_key_head(queries: Array, prefix: WeightedKV, decoder: HeadsDecoder) -> Array:
+    """Scaled queries ``[B, K, T, N / K, D]`` from queries ``[B, T, N, D]``."""
+    check_floating("queries", queries)
+    batch, num_kv_heads, _, head_dim = prefix.k.shape
+    shape = queries.shape
+    fits = queries.ndim == 4 and (shape[0], shape[3]) == (batch, head_dim)
+    if not fits or shape[1] == 0 or shape[2] == 0 or shape[2] % num_kv_heads:
+        asked = f"[{batch}, 1 or more, a multiple of {num_kv_heads}, {head_dim}]"
+        raise ValueError(f"queries must be [B, T, N, D] = {asked}, got shape {shape}")
+    grouped = queries.reshape(*shape[:2], num_kv_heads, shape[2] // num_kv_heads, head_dim)
+    return jnp.moveaxis(fold_scale(grouped, prefix.k, decoder.sizes["scale"])[0], 2, 1)
 
 
 def _running(decoder: HeadsDecoder, cache: HeadsCache) -> RunningSummary:

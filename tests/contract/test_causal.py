@@ -27,6 +27,18 @@ def test_a_later_token_changes_nothing_before_it(name):
         np.testing.assert_array_equal(asked[:j], before[:j])
 
 
+# The proposals of ra are sums over a row of all keys.
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "ra"])
+def test_a_nan_in_a_later_key_reaches_no_earlier_query(name):
+    tensors = [np.asarray(x) for x in random_head(6, LENGTH, LENGTH, 8, 6)]
+    clean, _ = with_gradients(name, *tensors, is_causal=True)
+    at = (np.arange(LENGTH) == 13)[:, None]
+    for which, number in ((0, np.nan), (1, np.nan), (1, np.inf)):
+        soiled = list(tensors)
+        soiled[which] = np.where(at, np.float32(number), tensors[which])
+        np.testing.assert_array_equal(with_gradients(name, *soiled, is_causal=True)[0][:13], clean[:13])
+
+
 @pytest.mark.parametrize("name", [unless_slow(name) for name in CAUSAL])
 def test_jacobian_is_zero_above_the_diagonal(name):
     q, k, v = random_head(7, 14, 14, 3)

@@ -327,18 +327,6 @@ def test_a_mask_that_hides_nothing_changes_nothing():
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-@both_directions
-def test_masks_are_traced_in_float64(name, is_causal, x64):
-    options = {"is_causal": True} if is_causal else {}
-    for lengths in ((19, 19), (7, 19)):
-        tensors = random_head(17, *lengths, dtype=jnp.float64)
-        function = functools.partial(METHODS[name].function, **settings(name), **options)
-        out = jax.eval_shape(
-            lambda *x, of=function: of(*x[:3], jax.random.key(7), kv_mask=x[3]), *tensors, mask_of("left", 9, 19)
-        )
-        assert out.dtype == jnp.float64
-
-
 @pytest.mark.parametrize("name", ["exact", "local", "mean_pool", "favor", "longformer", "eva"])
 def test_queries_behind_the_last_key_keep_their_place(name):
     # The causal form may have more queries than keys; queries after the last real key see all keys.
