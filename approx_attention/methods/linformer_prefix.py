@@ -107,7 +107,8 @@ def linformer_step(
         columns_k, columns_v = jnp.where(kv_mask[None, :], columns_k, 0), jnp.where(kv_mask[None, :], columns_v, 0)
     # Slots for each query would be an array [b, R, D]; products of the queries with this step's tokens avoid it.
     so_far = jnp.tri(q.shape[0], dtype=q.dtype)
-    logits = q @ prefix.k.T + (so_far * (q @ k.T)) @ columns_k.T
+    # Not a product with `so_far`: 0 times the NaN of a later key would be NaN.
+    logits = q @ prefix.k.T + jnp.where(so_far > 0, q @ k.T, 0) @ columns_k.T
     entered = prefix.entered[None, :] | (so_far @ jnp.abs(columns_k.T) > 0)
     visible_k = prefix.row_k[None, :] + so_far @ columns_k.T
     visible_v = prefix.row_v[None, :] + so_far @ columns_v.T
