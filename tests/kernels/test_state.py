@@ -52,7 +52,7 @@ lengths = st.one_of(st.integers(1, 300), st.sampled_from((1, 128, 129, 1100)))
 reaches = st.one_of(st.none(), st.integers(-20, 40), st.integers(0, 400))
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(
     num_queries=lengths,
     num_keys=lengths,
