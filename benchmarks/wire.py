@@ -219,8 +219,8 @@ many bytes.
 - **Ring** (`exact`): keys, values and one byte of mask per token visit every other device,
   `(p - 1) K (n / p) (4 (D + Dv) + 1)` bytes: about all keys and values, for any number of devices. The causal
   form sends as many bytes, and computes half as much.
-- **Halo** (`local`): the `w` tokens before a device's first and after its last, `w K (4 (D + Dv) + 1)` bytes to a side,
-  for any n and p.
+- **Halo** (`local`): the `w - 1` tokens before a device's first and after its last, for a window of w tokens,
+  `(w - 1) K (4 (D + Dv) + 1)` bytes to a side, for any n and p; causally those before alone.
 - **Moments** (`favor`, `rfa`, `polynomial`, `scatterbrain`): R features take `4 K R (Dv + 2)` bytes. Bidirectionally
   they are summed over devices, which sends `2 (p - 1) / p` times that. Causally a device needs those before it: one
   block to its neighbour, `b K (4 (D + Dv) + 1)` bytes, and then the moments in `1 + ceil(log2(p - 1))` rounds.
