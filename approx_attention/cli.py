@@ -145,7 +145,13 @@ def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
     type=float,
     help="Longest time of a call on these tensors, as measured on this machine while planning.",
 )
-@click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
+@click.option(
+    "--held-out",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Share of the heads (with --policy, of the queries of each) kept for the check.",
+)
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Confidence of the error bound.")
 @click.option(
     "--policy",
@@ -174,7 +180,8 @@ def plan(
     The size of `local` and `longformer` is a window. A window of w contains, under --causal, the query's own token
     and the w - 1 tokens before it (w in all), else its own and w - 1 to each side (2w - 1 in all).
 
-    Results are written before they are printed. An interrupted run writes the bounds that it has fitted.
+    Results are written before they are printed. An interrupted run without --policy writes the bounds
+    that it has fitted.
     """
     max_seconds = None if max_milliseconds is None else max_milliseconds / 1e3
     if max_seconds is not None and not 0 < max_seconds < 1e30:

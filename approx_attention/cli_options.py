@@ -64,7 +64,12 @@ class Option(click.ParamType):
             setting = json.loads(text)
         except (ValueError, RecursionError):
             setting = text
-        return MethodName().convert(method, param, ctx), option, setting
+        return MethodName().convert(method, param, ctx), option, _without_lists(setting)
+
+
+def _without_lists(x: Any) -> Any:
+    """Tuples in place of the lists of JSON: a hyper-parameter must be hashable."""
+    return tuple(map(_without_lists, x)) if isinstance(x, list) else x
 
 
 class Directory(click.ParamType):

@@ -297,7 +297,9 @@ def seen_arrays(
     capped = [name for name in CAPABILITY_OF if options.get(name) is not None or given.get(name) is not None]
     if capped:
         raise ValueError(f"the layer has {', '.join(capped)}, which files of q, k and v cannot represent")
-    is_causal = bool(given.get("is_causal")) or bool(getattr(attention_fn, "is_causal", False))
+    # A module with learned parts says itself whether it is causal.
+    knows = attention_fn, getattr(attention_fn, "method", None)
+    is_causal = bool(given.get("is_causal")) or any(bool(getattr(x, "is_causal", False)) for x in knows)
     scale = given.get("scale") if options.get("scale") is None else options["scale"]
     scales = {} if scale is None else {"scale": jnp.asarray(scale, jnp.float32)}
     return {**arrays, **scales, **dict(zip("qkv", tokens, strict=True)), "is_causal": jnp.asarray(is_causal)}

@@ -140,6 +140,7 @@ case("realize_sparse_pattern", "dtype", ("x", None, int, rows), lambda x: realiz
 case("minimal_dimension", "pattern", (lambda key: 3,), search)
 case("minimal_dimension", "quantile", (*NO_NUMBERS, -0.1, 1.5, math.nan), lambda x: search(quantile=x))
 
+case("favor", "row_norm", ("typo", 3), lambda x: aa.favor(rows, rows, rows, row_norm=x, projection=rows))
 case("total_degree", "dim", NO_COUNTS, lambda x: total_degree(x, 2))
 case("total_degree", "degree", (*NO_COUNTS[:4], -1, 10**20), lambda x: total_degree(2, x))
 case("weight_bound", "lo", NO_NUMBERS, lambda x: polynomials.weight_bound(x, 1.0))

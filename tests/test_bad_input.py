@@ -11,8 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from approx_attention import Decoder, HeadsDecoder, SparsePattern, attention, compress_cache, compress_tokens, linen
-from approx_attention.core import as_pair, check_count, check_counts
+from approx_attention import (
+    Decoder,
+    HeadsDecoder,
+    SparsePattern,
+    WeightedKV,
+    attention,
+    bounds,
+    compress_cache,
+    compress_tokens,
+    linen,
+    ra,
+)
+from approx_attention.core import as_pair, causal_state, check_count, check_counts
 from approx_attention.coresets import (
     BalanceKV,
     Halving,
@@ -20,13 +31,15 @@ from approx_attention.coresets import (
     PivotedNystrom,
     Stratified,
     SubGen,
+    refitted,
     running_coreset,
 )
-from approx_attention.decoding import compress_heads, pyramid_budgets, shared_sizes, token_budget
+from approx_attention.decoding import CompressedDecoder, compress_heads, pyramid_budgets, shared_sizes, token_budget
 from approx_attention.evaluation import Problem, Tensors
 from approx_attention.evaluation.arms import build_arms
 from approx_attention.methods import running_exact
 from approx_attention.nnx import ApproxAttention, Eva, Lara, LinformerAttention, Rfa, TensorAttention
+from approx_attention.tensor import running_tensor_polynomial
 from tests.references import compiled, quick_process
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -292,6 +305,16 @@ def test_tensors_of_a_decoder():
             Decoder(running=running_exact(4, max_length=8), head_dim=4, value_dim=4, scale=scale)
 
 
+@pytest.mark.parametrize(
+    "options", [{"logits_soft_cap": 5.0}, {"cache_bits": 8}, {"method": "coreset", "certify": 0.1}], ids=str
+)
+def test_what_a_decoder_of_compressed_caches_lacks(options):
+    options = {"method": "exact", "num_kv_heads": 1, "head_dim": 4, "max_length": 64} | options
+    (name,) = options.keys() & {"logits_soft_cap", "cache_bits", "certify"}
+    with pytest.raises(NotImplementedError, match=f"CompressedDecoder does not support {name}, got"):
+        CompressedDecoder(prefix_budget=16, **options)
+
+
 # Compression and budgets.
 
 K = jax.random.normal(jax.random.key(1), (50, 4))
@@ -391,6 +414,26 @@ def test_budgets():
             shared_sizes(jnp.ones((2, 8)), budget)
     traced = jax.jit(lambda scores: shared_sizes(scores, 3))(jnp.ones((2, 8)).at[0].set(jnp.nan))
     np.testing.assert_array_equal(traced, [0, 6])
+
+
+def test_arguments_that_no_path_may_ignore():
+    q, k, v = (jnp.ones((6, 4)) for _ in range(3))
+    for radius, error in ((-1.0, ValueError), (float("nan"), ValueError), ("x", TypeError)):
+        with pytest.raises(error, match="query_radius must be "):
+            refitted(WeightedKV.of_tokens(k, v), WeightedKV.of_tokens(k[:2], v[:2]), query_radius=radius)
+        with pytest.raises(error, match="radius must be "):
+            bounds.sensitivity(k, radius)
+    with pytest.raises(TypeError, match="refitted needs a WeightedKV, got tuple"):
+        refitted((k, v), WeightedKV.of_tokens(k, v))
+    with pytest.raises(ValueError, match=r"kv_mask must be \[S\] = \[6\], got shape \(3,\)"):
+        inspect.unwrap(bounds.sensitivity)(k, 1.0, kv_mask=jnp.ones(3, bool))
+    for queries in (q[:0], jnp.ones((6, 5))):
+        with pytest.raises(ValueError, match="needs at least one query|share the head dimension, got 5 and 4"):
+            causal_state(queries, k, v, running_exact(4, max_length=8), block_size=4)
+    decoder = running_tensor_polynomial(4)
+    with pytest.raises(ValueError, match="step needs 2 sets of keys and of values, got 1 and 1"):
+        decoder.step(decoder.init(4), q[:1], (k[:1],), (v[:1],))
+    assert ra(q, k, v, KEY, indices=jnp.zeros((6, 3), int)).shape == (6, 4)
 
 
 def test_a_radius_of_a_running_coreset():

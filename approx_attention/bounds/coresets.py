@@ -13,6 +13,10 @@ from approx_attention.core import (
     check_choice,
     check_count,
     check_key_value_fit,
+    check_kv_mask,
+    check_not_negative,
+    check_number,
+    check_rows,
     in_float32,
     mask_bias,
     real_keys,
@@ -59,6 +63,10 @@ def sensitivity(
     Returns:
         The `Sensitivity`, at the cost of ``num_steps * S`` queries over all keys.
 
+    Raises:
+        TypeError: keys that are not floating point, a radius that is not one number, a mask that is not boolean.
+        ValueError: shapes that do not match, a radius that is negative or not finite, a count below 1.
+
     Example:
         >>> import jax
         >>> from approx_attention import bounds
@@ -71,6 +79,11 @@ def sensitivity(
         Sensitivity as in :cite:p:`feldman2011unified`; duality gap as in :cite:p:`frank1956algorithm`.
     """
     num_steps = check_count("num_steps", num_steps)
+    check_rows("k", k, "[S, D]")
+    check_number("radius", radius)
+    check_not_negative("radius", radius)
+    if kv_mask is not None:
+        check_kv_mask(kv_mask, k.shape[0])
     check_key_value_fit(k, k, k)
     k = k.astype(accumulation_dtype(k))
     radius = jnp.asarray(radius, k.dtype)

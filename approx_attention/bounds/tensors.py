@@ -113,7 +113,8 @@ def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = N
               for x, mask in zip(inputs.keys, inputs.masks, strict=True)]  # fmt: skip
     factors = zip((inputs.q, *inputs.keys), (inputs.q.shape[0], *counts), strict=True)
     means = [y.T @ y / count for y, count in factors]
-    return jnp.sqrt(jnp.sum(functools.reduce(operator.mul, means)))
+    # Rounding may leave a sum of squares of 0 slightly negative.
+    return jnp.sqrt(jnp.maximum(jnp.sum(functools.reduce(operator.mul, means)), 0))
 
 
 class TensorCertificate(NamedTuple):

@@ -158,6 +158,7 @@ from approx_attention.kernels import (
     pad_rows,
     require_same_kind,
     subtract,
+    sums_of_seen,
     sums_so_far,
 )
 
@@ -318,6 +319,7 @@ __all__ = [
     "streamed_state",
     "subtract",
     "summary_bytes",
+    "sums_of_seen",
     "sums_so_far",
     "token_sums_inputs",
     "unknown",

@@ -20,6 +20,7 @@ from jax import Array, lax
 from approx_attention.core.checks import (
     accumulation_dtype,
     check_count,
+    check_key_value_fit,
     check_rows,
     check_tokens,
     logit_scale,
@@ -210,6 +211,7 @@ def causal_state(
     """
     check_rows("q", q, "[T, D]")
     check_tokens(k, v, kv_mask)
+    check_key_value_fit(q, k, v)
     if not isinstance(running, RunningSummary):
         raise TypeError(f"running must be a RunningSummary, got {type(running).__name__}")
     block_size = min(check_count("block_size", block_size), q.shape[0])

@@ -63,7 +63,11 @@ def control_variate_state(
     mass = jnp.exp(log_mass - peak[:, None])
     total = jnp.sum(mass, axis=1)
     safe_total = jnp.where(total == 0, jnp.ones_like(total), total)
-    out = jnp.einsum("tg,gtd->td", mass / safe_total[:, None], answers.out)
+    # As 0 times NaN, the answer of a group without mass would reach the query, so NaN is restored separately.
+    finite = jnp.all(jnp.isfinite(answers.out), axis=2)
+    known = jnp.where(finite[:, :, None], answers.out, 0)
+    out = jnp.einsum("tg,gtd->td", mass / safe_total[:, None], known)
+    out = jnp.where(jnp.any((mass != 0) & ~finite.T, axis=1)[:, None], jnp.nan, out)
     return merge(exact, AttentionState(out, jnp.where(total == 0, -jnp.inf, peak + jnp.log(safe_total))))
 
 

@@ -109,7 +109,9 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
     (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
     peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
     # A maximum per query cancels in its normaliser; keys share one, so that their weights stay comparable.
-    peak = jnp.max(peak_k)
+    # Hidden keys do not take part: theirs may be larger by so much that all others vanish. NaN shows in its own weight.
+    counted = jnp.any(bias > HIDDEN / 2, axis=0) & ~jnp.isnan(peak_k)
+    peak = finite_peak(jnp.max(peak_k, where=counted, initial=-jnp.inf))
     phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
     phi_k = phi_k * jnp.exp(log_scale_k - peak)
     # Compared with half of HIDDEN, because sums of biases may move it; no other bias is near.

@@ -235,6 +235,8 @@ class FeatureMoments(InSpace):
         num_keys = k.shape[0]
         if isinstance(features, PositiveFeatures):
             return cls._of_positive_features(features, k, v, kv_mask)
+        if num_keys == 0:
+            return cls.empty(features, v.shape[-1], v.dtype)
         block = feature_block(features)
         if num_keys <= block:
             return cls._of_block(features, k, v, kv_mask)
@@ -509,8 +511,9 @@ def _require_same_features(a: FeatureMap, b: FeatureMap) -> None:
     same = kind_a == kind_b and all(x.shape == y.shape for x, y in zip(leaves_a, leaves_b, strict=True))
     if same:
         for x, y in zip(leaves_a, leaves_b, strict=True):
-            known = not isinstance(x, Tracer) and not isinstance(y, Tracer)
-            same = same and (x is y or not known or bool(jnp.array_equal(x, y)))
+            known = not any(isinstance(z, Tracer) or not getattr(z, "is_fully_addressable", True) for z in (x, y))
+            # Of numpy, because an operation of JAX would be traced within `jit`.
+            same = same and (x is y or not known or np.array_equal(np.asarray(x), np.asarray(y)))
     if not same:
         raise TypeError(
             "merge needs moments of one feature map, but these differ in kind, size or random projection; summarise "

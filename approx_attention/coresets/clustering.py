@@ -85,7 +85,8 @@ def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
         ([1.0, 5.0], [2.0, 1.0])
     """
     require_scaled_space("an algorithm", tokens)
-    weighted = tokens.k * tokens.mass[:, None]
+    # The key of an absent token may hold anything.
+    weighted = jnp.where(tokens.mass[:, None] != 0, tokens.k, 0) * tokens.mass[:, None]
     key_sum, value_sum, mass = (
         jax.ops.segment_sum(x, label, num_clusters) for x in (weighted, tokens.value_sum, tokens.mass)
     )

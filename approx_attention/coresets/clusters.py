@@ -104,7 +104,8 @@ class Clusters:
         mass, values = jnp.where(inside, tokens.mass, 0), tokens.values
 
         def mean(x: Array, total: Array) -> Array:
-            sums = jax.ops.segment_sum(x * mass[:, None], at, num_clusters)
+            # The key of an absent token may hold anything.
+            sums = jax.ops.segment_sum(jnp.where(mass[:, None] > 0, x, 0) * mass[:, None], at, num_clusters)
             return sums / jnp.where(total > 0, total, 1)[:, None]
 
         def about_mean(x: Array, total: Array) -> tuple[Array, Array]:

@@ -69,11 +69,7 @@ def compress(
         raise TypeError(f"compress needs a WeightedKV, got {type(tokens).__name__}")
     coreset_size = check_count("coreset_size", coreset_size)
     chosen = algorithm_of(algorithm)
-    if query_radius is not None:
-        check_number("query_radius", query_radius)
-        check_not_negative("query_radius", query_radius)
-        # A Python integer may exceed int32.
-        query_radius = float(query_radius) if isinstance(query_radius, int) else query_radius
+    query_radius = _checked_radius(query_radius)
     if queries is not None:
         check_rows("queries", queries, "[T, D]")
         if queries.shape[1] != tokens.k.shape[1]:
@@ -100,7 +96,8 @@ def refitted(tokens: WeightedKV, held: WeightedKV, *, query_radius: float | Arra
         The kept keys and values with new masses.
 
     Raises:
-        ValueError: summaries that carry a scale or have signed masses.
+        TypeError: not a `WeightedKV`, a radius that is not one number.
+        ValueError: summaries that carry a scale or have signed masses, a radius that is negative or not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -111,8 +108,20 @@ def refitted(tokens: WeightedKV, held: WeightedKV, *, query_radius: float | Arra
         >>> refitted(tokens, held).mass.round(2).tolist()
         [2.0, 1.0]
     """
-    require_scaled_space("refitted", tokens)
-    return _refitted(tokens, require_scaled_space("refitted", held), query_radius)
+    for x in (tokens, held):
+        if not isinstance(x, WeightedKV):
+            raise TypeError(f"refitted needs a WeightedKV, got {type(x).__name__}")
+        require_scaled_space("refitted", x)
+    return _refitted(tokens, held, _checked_radius(query_radius))
+
+
+def _checked_radius(query_radius: float | Array | None) -> float | Array | None:
+    if query_radius is None:
+        return None
+    check_number("query_radius", query_radius)
+    check_not_negative("query_radius", query_radius)
+    # A Python integer may exceed int32.
+    return float(query_radius) if isinstance(query_radius, int) else query_radius
 
 
 @jax.jit
@@ -192,8 +201,9 @@ def query_radius(
 def centred_tokens(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
     """The mean key, and tokens with centred keys: softmax is invariant to the shift, and exponents stay small."""
     total = jnp.sum(tokens.mass)
-    middle = tokens.mass @ tokens.k / jnp.where(total > 0, total, 1)
-    k = jnp.where(tokens.mass[:, None] > 0, tokens.k - middle[None, :], 0)
+    present = tokens.mass[:, None] > 0  # the key of an absent token may hold anything
+    middle = tokens.mass @ jnp.where(present, tokens.k, 0) / jnp.where(total > 0, total, 1)
+    k = jnp.where(present, tokens.k - middle[None, :], 0)
     return middle, dataclasses.replace(tokens, k=k)
 
 

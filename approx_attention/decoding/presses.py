@@ -18,12 +18,13 @@ from approx_attention.core import (
     check_key,
     each,
     fold_scale,
+    shown,
 )
 from approx_attention.coresets import Algorithm
 from approx_attention.decoding.compression import compress_cache, running_compressed, tokens_in
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
 from approx_attention.decoding.matching import AttentionMatching
-from approx_attention.registry import BoundMethod
+from approx_attention.registry import CAPABILITY_OF, BoundMethod
 
 
 class CompressedDecoder(HeadsDecoder):
@@ -40,6 +41,7 @@ class CompressedDecoder(HeadsDecoder):
 
     Raises:
         ValueError: counts below 1, other bits.
+        NotImplementedError: ``certify``, ``cache_bits``, ``logits_soft_cap``; in ``init``, ``per_head``.
     """
 
     def __init__(
@@ -52,6 +54,10 @@ class CompressedDecoder(HeadsDecoder):
         **options: Any,
     ):
         super().__init__(method, **options)
+        shared = {name: x for name, x in self.bound.hyperparameters.items() if name in CAPABILITY_OF}
+        for name, given in {"certify": self.certify, "cache_bits": self.cache_bits, **shared}.items():
+            if given is not None:
+                raise NotImplementedError(f"CompressedDecoder does not support {name}, got {name}={shown(given)}")
         self.prefix: dict[str, Any] = {
             "prefix_budget": check_count("prefix_budget", prefix_budget),
             "coreset_size": check_count("coreset_size", coreset_size),
@@ -60,6 +66,8 @@ class CompressedDecoder(HeadsDecoder):
 
     def _draw(self, rng: Array | None, given: Set[str] = frozenset()) -> dict[str, Array]:
         """Sample a PRNG key for the folded coreset of each head."""
+        if given:
+            raise NotImplementedError(f"CompressedDecoder does not support per_head, got {', '.join(sorted(given))}")
         return {"folding": jax.random.split(check_key("CompressedDecoder", rng), self.num_kv_heads)}
 
     def _of_head(self, drawn: dict[str, Array]) -> Decoder:

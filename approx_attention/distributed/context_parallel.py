@@ -26,6 +26,7 @@ from approx_attention.core import (
     RunningSummary,
     Summary,
     WeightedKV,
+    accumulation_dtype,
     attend,
     by_kv_head,
     causal_blocks,
@@ -178,7 +179,7 @@ def _on_parts(
     bound = dataclasses.replace(call.method, hyperparameters=hyperparameters)
     form = _form(bound, call.is_causal, mesh.shape[axis], length, query.shape[-1])
     dtype = value.dtype
-    wide = jnp.promote_types(jnp.float32, dtype)
+    wide = accumulation_dtype(query, key, value)
     real = jnp.ones((batch, length), bool)
     if lengths is not None:
         real = jnp.arange(length)[None, :] < lengths[:, None]

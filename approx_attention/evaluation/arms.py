@@ -130,7 +130,7 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
     given = ", ".join(f"{key}={value!r}" for key, value in (options or {}).items())
     try:
         bound = bind(name, hyperparameters)
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:
         raise InputError(f"{name} does not support {given}: {error}") from error
 
     def draw(rng: Array) -> Any:

@@ -106,7 +106,7 @@ class Policy:
             for number, head in enumerate(own.heads):
                 try:
                     bind(head.method, head.hyperparameters)
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError, NotImplementedError) as error:
                     raise InputError(f"head {number} of layer {layer!r}: {error}") from None
 
     @property

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from approx_attention.core import InputError
-from approx_attention.evaluation.atomic import write_atomically
 from approx_attention.evaluation.files import Layer
 from approx_attention.evaluation.model_plans import plan_model
 from approx_attention.evaluation.policies import Policy
@@ -41,11 +40,11 @@ def run_model_plan(task: Task, to: pathlib.Path, settings: Mapping[str, Any], op
         raise InputError(f"cannot write {to}: {reason}")
     with progress() as on_progress:
         made = plan_model(task.layers, **options, on_progress=on_progress)
-    made.policy.save(to)
     columns = {"policy": made.errors}
     if made.uniform is not None:
         columns = {f"all heads {made.uniform}": made.uniform_errors, **columns}
     written = _write(task.out, "plan", made.policy, plan_document_of_model(made, settings), columns, plan_verdict(made))
+    made.policy.save(to)
     say(policy_table(made.policy, made.errors, task.over_layers), plan_verdict(made))
     say(f"wrote {to} and {' and '.join(map(str, written))}")
 
@@ -80,11 +79,9 @@ def _write(
     out: pathlib.Path, name: str, policy: Policy, document: dict[str, Any], columns: Mapping[str, Any], verdict: str
 ) -> list[pathlib.Path]:
     """Write NAME.json, NAME.md, and if possible NAME.png."""
-    page = out / f"{name}.md"
     text = f"{verdict}\n\n{policy_markdown(policy, columns)}\n"
-    write_atomically(page, lambda file: file.write(text.encode()))
     title = f"relative error by layer and key head, tolerance {policy.tolerance:g}"
-    written, no_figure = write_results(out, name, finite(document), lambda: draw_policy(policy, columns, title))
+    written, no_figure = write_results(out, name, finite(document), lambda: draw_policy(policy, columns, title), text)
     if no_figure:
         say(f"no figure: {no_figure}")
-    return [page, *written]
+    return written

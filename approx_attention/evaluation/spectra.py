@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.core import HIDDEN, head_inputs, in_float32
+from approx_attention.core import HIDDEN, head_inputs, in_float32, query_mask
 
 
 class Spectrum(NamedTuple):
@@ -57,9 +57,11 @@ def spectrum(
     real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
     # A hidden logit is finite, so that a head without a real key gives zeros instead of NaN.
     weights = jnp.where(real[None, :], jax.nn.softmax(jnp.where(real[None, :], q @ k.T, HIDDEN), axis=-1), 0)
+    asked = query_mask(None, kv_mask, q.shape[0])
     uniform = real.astype(weights.dtype) / jnp.maximum(jnp.sum(real), 1).astype(weights.dtype)
 
     def shares(x: Array) -> Array:
+        x = x if asked is None else jnp.where(asked[:, None], x, 0)  # padding has no row
         cumulative = jnp.cumsum(jnp.linalg.svd(x, compute_uv=False))
         return cumulative / jnp.where(cumulative[-1] > 0, cumulative[-1], 1)
 

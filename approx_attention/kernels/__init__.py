@@ -10,6 +10,7 @@ from approx_attention.kernels.rows import (
     map_rows,
     out_of_blocks,
     pad_rows,
+    sums_of_seen,
     sums_so_far,
 )
 from approx_attention.kernels.states import AttentionState, finite_peak, merge, normalise, require_same_kind, subtract
@@ -52,5 +53,6 @@ __all__ = [
     "soft_capped",
     "state",
     "subtract",
+    "sums_of_seen",
     "sums_so_far",
 ]

@@ -146,13 +146,28 @@ def sums_so_far(x: Array, weights: Array | None = None) -> Array:
     Returns:
         The sums ``[n, ...]``, in full precision on every platform; NaN from the first row that is not finite.
     """
-    so_far = jnp.tri(x.shape[0], dtype=bool)
+    return sums_of_seen(jnp.tri(x.shape[0], dtype=bool), x, weights)
+
+
+def sums_of_seen(seen: Array, x: Array, weights: Array | None = None) -> Array:
+    r"""Sums of the rows of ``x [n, ...]`` that each of m sums sees, by one product with a matrix of weights.
+
+    .. math:: y_i = \sum_{j: s_{ij}} w_{ij}\, x_j
+
+    Args:
+        seen: s ``[m, n]``, boolean.
+        x: the rows.
+        weights: ``[m, n]``, or ``[m, n, R]`` for rows ``[R, ...]``; 0 where not seen. By default 1 elsewhere.
+
+    Returns:
+        The sums ``[m, ...]``, in full precision on every platform; NaN where a row that is not finite is seen.
+    """
     rest = (1,) * (x.ndim - 1)
-    # In the product a later NaN would reach earlier sums as 0 times NaN, so it is restored separately.
+    # In the product an unseen NaN would reach the sum as 0 times NaN, so it is restored separately.
     finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
-    lost = jnp.any(so_far & ~finite[None], axis=1)
+    lost = jnp.any(seen & ~finite[None], axis=1)
     kept = jnp.where(finite.reshape(-1, *rest), x, 0)
-    weights = so_far.astype(x.dtype) if weights is None else weights
+    weights = seen.astype(x.dtype) if weights is None else weights
     form = "ij,j...->i..." if weights.ndim == 2 else "ijr,jr...->ir..."
     total = jnp.einsum(form, weights, kept, precision=lax.Precision.HIGHEST)
     return jnp.where(lost.reshape(-1, *rest), jnp.nan, total)

@@ -1,5 +1,6 @@
 """Exact softmax attention: the reference for every approximation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, get_args
@@ -209,6 +210,10 @@ def running_exact(
     head_dim, max_length = check_count("head_dim", head_dim), check_count("max_length", max_length)
 
     def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
+        if k.shape[0] > max_length:  # more than the room for all blocks
+            lost = jnp.any(kv_mask)
+            value_sum, mass = (jnp.where(lost, x, y) for x, y in ((jnp.nan, tokens.value_sum), (1, tokens.mass)))
+            return dataclasses.replace(tokens, value_sum=value_sum, mass=mass)
         # `dynamic_update_slice` would move a block past the end back over earlier tokens; the NaN makes that visible.
         v = jnp.where(start + k.shape[0] <= max_length, v, jnp.nan)
         block = WeightedKV.of_tokens(k, v, kv_mask)

@@ -238,6 +238,7 @@ def _favor_features(
 ) -> FeatureMap:
     num_features = check_count("num_features", num_features)
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
+    check_choice("row_norm", row_norm, ("chi", "sqrt_dim"))
     if projection is None:
         options: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
         projection = draw_favor(check_key("favor", key), head_dim, **options)["projection"]

@@ -98,7 +98,7 @@ def linformer(
     Raises:
         ValueError: shapes that do not match, more keys than columns, an unknown pooling.
         TypeError: dtypes that are not floating point.
-        NotImplementedError: a causal maximum or convolution.
+        NotImplementedError: a maximum or convolution that is causal or renormalised.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -149,6 +149,8 @@ def projected_slots(
         return _convolved(name, x, projection, kv_mask)
     if isinstance(projection, str):
         check_choice(name, projection, ("mean", "max"))
+        if renormalize and projection == "max":
+            raise NotImplementedError("method 'linformer' does not support renormalize with a maximum")
         return _pooled(x, projection, num_slots, kv_mask)
     matrix = _columns(name, projection, x.shape[0]).astype(x.dtype)
     visible = jnp.where(real_keys(kv_mask, x.shape[0])[None, :], matrix, 0)

@@ -201,6 +201,8 @@ def running_priority(
         return LiftedKV(k, v, jnp.zeros(max_length, dtype), keys_per_query)
 
     def append(tokens: LiftedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> LiftedKV:
+        if k.shape[0] > max_length:  # more than the room for all blocks
+            return dataclasses.replace(tokens, u=jnp.where(jnp.any(kv_mask), NO_NUMBER, tokens.u))
         block = of_block(start, k, v, kv_mask)
         # `dynamic_update_slice` would move a block past the end back over earlier tokens: its NaN shows that.
         block = dataclasses.replace(block, u=jnp.where(kv_mask & (start + k.shape[0] > max_length), NO_NUMBER, block.u))

@@ -140,6 +140,8 @@ def _samples(
         if noise.ndim != 3:
             raise ValueError(f"noise must be [T, R, D], got shape {noise.shape}")
         num_samples = noise.shape[1]
+    elif indices is not None and indices.ndim == 2:
+        num_samples = indices.shape[1]
     uniform = jnp.zeros((num_queries, num_samples), q.dtype)
     if noise is None or indices is None:
         key_noise, key_index = jax.random.split(check_key("ra", key))

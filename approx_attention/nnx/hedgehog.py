@@ -11,6 +11,7 @@ from jax import Array
 from approx_attention.core import (
     FeatureMoments,
     Features,
+    accumulation_dtype,
     check_counts,
     check_flag,
     kernel_state,
@@ -67,6 +68,9 @@ class Hedgehog(LearnedAttention):
         """Linear attention of one head with the maps A and B in ``own [2, D, D]``."""
         assert own is not None
         features = SignedSoftmaxFeatures(q.shape[-1])
+        # In half precision a small step of training would not change a map near the identity.
+        dtype, wide = v.dtype, accumulation_dtype(q, k, v)
+        q, k, v = (x.astype(wide) for x in (q, k, v))
         # Nearby tokens use the same kernel: its weights and those of softmax cannot be added.
         running = running_moments(features)._replace(
             near=lambda q, k, v, bias: kernel_state(features, q, k, v, bias)
@@ -80,7 +84,7 @@ class Hedgehog(LearnedAttention):
             kv_mask=kv_mask,
             scale=None,
             **self.options,
-        ).out
+        ).out.astype(dtype)
 
 
 @jax.tree_util.register_dataclass

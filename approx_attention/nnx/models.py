@@ -306,7 +306,11 @@ def _for_each_layer(
     If a stack is not recognised, the number of keys decides.
     """
     if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
-        return make(rngs=rngs)
+        made = make(rngs=rngs)
+        if not stack or not jax.tree.leaves(nnx.state(made)):
+            return made
+        # Given arrays need an axis of the stack too.
+        return over_stack(lambda _: make(rngs=rngs), stack)(jnp.zeros(stack))
     if not jax.tree.leaves(nnx.state(make(rngs=nnx.Rngs(0)))):  # it has no random arrays
         return make()
     stream = attention_stream(rngs)

@@ -170,8 +170,10 @@ def _masked_sums(moments: Any, far: np.ndarray) -> Any:
         log_scale = jnp.where(far[:, None], moments.log_scale, -jnp.inf)
         peak = jnp.max(log_scale, axis=0)
         weights = jnp.exp(log_scale - finite_peak(peak)[None, :])
-        value_sum = jnp.einsum("br,brd->rd", weights, moments.value_sum)
-        return FeatureMoments(value_sum, jnp.sum(weights * moments.mass, axis=0), peak, moments.features)
+        # Weights of 0 would pass on the NaN of other blocks.
+        sums, mass = jnp.where(far[:, None, None], moments.value_sum, 0), jnp.where(far[:, None], moments.mass, 0)
+        value_sum = jnp.einsum("br,brd->rd", weights, sums)
+        return FeatureMoments(value_sum, jnp.sum(weights * mass, axis=0), peak, moments.features)
 
     return lax.map(of_row, jnp.asarray(far))
 

@@ -315,7 +315,9 @@ def _fold(answers: AttentionState, v: Array, visible: Array | None) -> Attention
     num_keys = v.shape[0]
     out, lse = answers.out.reshape(-1, num_keys, v.shape[1]), answers.lse.reshape(-1, num_keys)
     # -inf instead of HIDDEN: a hidden first key must not count even if all others are hidden too.
-    lse = lse if visible is None else jnp.where(visible, lse, -jnp.inf)
+    if visible is not None:
+        # As 0 times NaN, the output over a hidden first key would reach the query.
+        lse, out = jnp.where(visible, lse, -jnp.inf), jnp.where(visible[:, :, None], out, 0)
     peak = finite_peak(jnp.max(lse, axis=1))
     weights = jnp.exp(lse - peak[:, None])
     return normalise(jnp.einsum("ij,jc,ijc->ic", weights, v, out), jnp.sum(weights, axis=1), peak)

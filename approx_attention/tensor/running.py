@@ -19,6 +19,8 @@ from approx_attention.core import (
     normalise,
     out_of_blocks,
     pad_rows,
+    sums_of_seen,
+    sums_so_far,
     token_sums_inputs,
 )
 from approx_attention.tensor.inputs import TensorInputs
@@ -109,14 +111,17 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
         values: tuple[Array, ...],
         masks: tuple[Array | None, ...] | None = None,
     ) -> tuple[tuple[Array, ...], AttentionState]:
-        seen = jnp.tri(q.shape[0], dtype=sums[0].dtype)
+        if not len(keys) == len(values) == len(kernel.key_maps):
+            raise ValueError(
+                f"step needs {len(kernel.key_maps)} sets of keys and of values, got {len(keys)} and {len(values)}"
+            )
         after, pairs = [], jnp.ones((), sums[0].dtype)
         # From the last set to the first: with "ordered", the terms of a set are multiplied by the running sums of the
         # next set.
         for a in reversed(range(len(keys))):
             mask = None if masks is None else masks[a]
             terms = _terms(kernel.key_maps[a], *token_sums_inputs(keys[a], values[a], mask), mask)
-            running = sums[a][None] + jnp.einsum("ij,jrc->irc", seen, terms * pairs if ordered else terms)
+            running = sums[a][None] + sums_so_far(terms * pairs if ordered else terms)
             after.append(running[-1])
             pairs = running if ordered else pairs * running
         return tuple(reversed(after)), _answer(kernel, q, pairs)
@@ -188,7 +193,7 @@ def windowed_state_of(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, .
                 at.append(place + offset * chunk)
             at = jnp.concatenate(at)
             seen = (at[None, :] <= place[:, None]) & (at[None, :] > place[:, None] - width)
-            sums = jnp.einsum("ij,jrc->irc", seen.astype(dtype), jnp.concatenate(terms)) + jnp.sum(ring, axis=0)[None]
+            sums = sums_of_seen(seen, jnp.concatenate(terms)) + jnp.sum(ring, axis=0)[None]
             kept.append(jnp.concatenate([ring, jnp.sum(terms[-1], axis=0)[None]])[1:])
             pairs = pairs * sums
         return tuple(kept), _answer(kernel, q, pairs)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import approx_attention
 from approx_attention import FeatureMoments, WeightedKV, attend, merge
 from approx_attention.core import (
     FEATURE_BLOCK,
@@ -131,6 +132,25 @@ def test_moments_by_blocks_equal_moments_at_once(kind):
     kv_mask = as_array(np.arange(num_keys) % 5 != 0, bool)
     blocks, whole = (of(features, k, v, kv_mask) for of in (of_tokens, of_block))
     chex.assert_trees_all_close(attend(q, blocks), attend(q, whole), atol=1e-5)
+
+
+def test_moments_with_known_feature_maps_merge_within_a_program():
+    q, k, v = random_head(31, 4, 9, 3)
+    # Equal, but not the same arrays; a third map differs.
+    first, second, other = (PositiveFeatures(as_array(np.full((5, 3), x))) for x in (0.3, 0.3, 0.4))
+    parts = [FeatureMoments.of_tokens(x, k[part], v[part]) for x, part in ((first, slice(4)), (second, slice(4, 9)))]
+    out = jax.jit(lambda q: approx_attention.attend(q, approx_attention.merge(*parts)).out)(q)
+    np.testing.assert_allclose(out, attend(q, of_tokens(first, k, v)).out, rtol=1e-5)
+    with pytest.raises(TypeError, match="moments of one feature map"):
+        jax.jit(lambda k: approx_attention.merge(parts[0], FeatureMoments.of_tokens(other, k, k)))(k)
+
+
+@every_map
+def test_moments_of_no_token_are_empty(kind):
+    features = MAPS[kind](as_array(np.ones((4, 3))))
+    chex.assert_trees_all_equal(
+        FeatureMoments.of_tokens(features, jnp.zeros((0, 3)), jnp.zeros((0, 2))), FeatureMoments.empty(features, 2)
+    )
 
 
 @every_map

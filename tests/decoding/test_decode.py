@@ -28,6 +28,19 @@ def test_keeping_every_token_decodes_exactly():
     assert int(cache.length) == 25
 
 
+@pytest.mark.parametrize("name", ["exact", "priority"])
+def test_a_capacity_below_one_block(name):
+    q, k, v = random_head(26, 20, 20)
+    whole = np.asarray(compiled(exact)(q, k, v, is_causal=True))
+    options = {"max_length": 19, **({"keys_per_query": 19} if name == "priority" else {})}
+    decoder = make_decoder(name, block_size=24, **options)
+    out, cache = jax.jit(decoder.prefill)(decoder.init(), q, k, v)
+    np.testing.assert_allclose(out, whole, atol=2e-6)
+    # More blocks than there is room for show as NaN.
+    more, _ = jax.jit(decoder.prefill)(cache, *(np.tile(x, (3, 1)) for x in (q, k, v)))
+    assert np.isnan(more[-1]).all()
+
+
 def test_many_queries_at_one_position():
     q, k, v = random_head(1, 7, 25)
     decoder = make_decoder("exact", max_length=32)

@@ -63,6 +63,15 @@ def on_one_device(name, is_causal):
     return functools.partial(attention, **chosen)
 
 
+def test_keys_in_float64_are_not_rounded_for_values_in_float32(x64):
+    query, key, value = (np.asarray(x) for x in tensors())
+    # Logits that float32 would round by more than the tolerance.
+    wide = jnp.asarray(query, jnp.float64) * 200, jnp.asarray(key, jnp.float64) + 3, jnp.asarray(value)
+    out = distributed.attention(*wide, mesh=mesh_of(2), axis="sequence", method="exact")
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, attention(*wide, method="exact"), atol=1e-6)
+
+
 def test_every_method_that_has_a_summary_is_here():
     assert {*SETTINGS, DRAWS} == {name for name, m in METHODS.items() if m.summarize or m.running} | {"local"}
 

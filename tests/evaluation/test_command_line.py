@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from approx_attention import InputError, cli
+from approx_attention.cli_options import Option
 from approx_attention.evaluation import Candidate, Plan, comparison_table, kinds, plan_table, runs, terminal
 from approx_attention.evaluation.comparison import no_better_than_mean
 from approx_attention.evaluation.units import times
@@ -413,6 +414,9 @@ def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monke
     assert "favor does not support" in message(
         "compare", "--methods", "favor", "--set", f"favor.block_size={'[' * 9000}"
     )
+    assert "favor does not support logits_soft_cap=30" in message(
+        "compare", "--methods", "favor", "--set", "favor.logits_soft_cap=30"
+    )
     assert "Invalid value for '--out': give a directory; the current one is '.'" in message("compare", "--out", "")
     assert "Invalid value for '--out': give a directory" in message(*tolerance, "--out", " ")
     (tmp_path / "taken").touch()
@@ -431,6 +435,10 @@ def test_help_of_seeds_agrees_with_the_check(capsys):
     for command, least in (("compare", 1), ("plan", 2)):
         assert run(command, "--help") == 0
         assert f"[default: 3; x>={least}]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_list_is_a_tuple_that_a_method_accepts():
+    assert Option().convert("eva.spatial_shape=[4, 4]", None, None) == ("eva", "spatial_shape", (4, 4))
 
 
 def test_settings_that_json_does_not_have(file, tmp_path, measured):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from approx_attention import InputError, linen
 from approx_attention.evaluation import load_layers
-from approx_attention.nnx import ApproxAttention, capture_attention
+from approx_attention.nnx import ApproxAttention, Hedgehog, capture_attention
 from tests.flax.test_stacks import DIM, alone, scanned, stack_of, tokens
 
 pytestmark = pytest.mark.usefixtures("models")
@@ -118,6 +118,15 @@ def test_causality_padding_and_scale_are_recorded(tmp_path):
     captured = capture_attention(model.first, lambda layer: layer(x, mask=causal))[""]
     assert captured["is_causal"]
     np.testing.assert_array_equal(captured["mask"], real)
+
+
+def test_a_module_with_learned_parts_says_whether_it_is_causal():
+    layer, x = two_layers()[0].second, tokens()
+    for is_causal in (False, True):
+        module = Hedgehog(4, 2, is_causal=is_causal, block_size=4)
+        layer.attention_fn = nnx.data(ApproxAttention(module))
+        captured = capture_attention(layer, lambda layer: layer(x))[""]
+        assert bool(captured["is_causal"]) == is_causal
 
 
 def test_what_cannot_be_recorded():

@@ -209,6 +209,20 @@ def test_hedgehog_is_its_kernel(is_causal):
         np.testing.assert_allclose(out[0, :real, head], expected, atol=1e-5)
 
 
+def test_hedgehog_in_half_precision():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, LENGTH, HEADS, 4), jnp.bfloat16) for i in range(3))
+    module = Hedgehog(4, HEADS)
+    out = module(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    wide = module(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(out.astype(jnp.float32), wide, atol=1e-2)
+    # A step of training that bfloat16 would round away.
+    gradient = jax.grad(lambda x: jnp.sum(module._head(q[0, :, 0], k[0, :, 0], v[0, :, 0], None, None, x) ** 2))
+    assert jnp.abs(gradient(module.maps[...][0])).max() > 0
+    module.maps[...] *= 1 + 2.0**-9
+    assert jnp.any(module(*(x.astype(jnp.float32) for x in (q, k, v))) != wide)
+
+
 def test_what_can_not_be_fitted():
     options = {"optimizer": optax.sgd(0.1), "held_out": [batch()]}
     model, teacher = pair(linformer)

@@ -113,6 +113,23 @@ def test_every_random_method_runs_on_a_stack(method):
     assert gradient["query"]["kernel"].shape == (3, DIM, HEADS, DIM // HEADS)
 
 
+@pytest.mark.parametrize(
+    ("method", "arrays"),
+    [("favor", {"projection": (16, DIM // HEADS)}), ("linformer", {"projection_k": (4, 8)})],
+)
+def test_given_arrays_have_an_axis_of_the_stack_without_a_stream(method, arrays):
+    given = {name: np.random.default_rng(2).normal(size=x).astype(np.float32) for name, x in arrays.items()}
+    layers = stack_of(3)
+    ours.replace_attention(layers, method, **given)
+    kept = jax.tree.leaves(nnx.state(layers.attention_fn))
+    assert {x.shape[0] for x in kept} == {3}
+    expected = x = tokens()
+    for number in range(3):
+        layer = alone(layers, number)
+        expected = expected + layer(expected)
+    np.testing.assert_allclose(nnx.jit(scanned)(layers, x), expected, atol=1e-5)
+
+
 def in_vmap(layers, rngs):
     """`replace_attention` on one layer at a time."""
 

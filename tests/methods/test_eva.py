@@ -305,6 +305,11 @@ def test_options_that_do_not_fit_are_refused():
         ({"window_size": 8, "chunk_size": 4, "overlap": 2}, ValueError, "overlap must be a multiple"),
         ({"is_causal": True, "overlap": 4}, NotImplementedError, "'eva' does not support overlap with is_causal"),
         ({"spatial_shape": (5, 5), "window_size": 5}, ValueError, "spatial_shape must be that of the 24 tokens"),
+        (
+            {"spatial_shape": (4, 6), "window_size": 2, "is_causal": True, "exclude_local": False},
+            NotImplementedError,
+            "'eva' does not support is_causal with spatial_shape",
+        ),
         ({"local_bias": jnp.zeros((2, 2)), "window_size": 8}, ValueError, r"local_bias must be .* \[8, 8\]"),
     ):
         with pytest.raises(error, match=message):

@@ -272,6 +272,8 @@ def test_what_is_wrong_is_said():
         linformer(q, k, v, projection_k=Convolution(jnp.ones(2)))
     with pytest.raises(NotImplementedError, match=r"renormalize with a convolution"):
         linformer(q, k, v, projection_k=Convolution(jnp.ones((2, 6))), renormalize=True)
+    with pytest.raises(NotImplementedError, match=r"renormalize with a maximum"):
+        linformer(q, k, v, projection_k="max", renormalize=True)
     with pytest.raises(ValueError, match=r"must be \[R, b\] with b = 4"):
         block_linformer(q, k, v, projection_k=jnp.ones((2, 5)), block_size=4)
 

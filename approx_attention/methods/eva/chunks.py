@@ -111,7 +111,11 @@ def attend_chunks(q: Array, near: AttentionState, chunks: Chunks, log_mass: Arra
     """The states ``near`` merged with attention to chunks, of log-masses ``[T, C]`` or ``[1, C]``."""
     if chunks.moments is None:
         # With one direction the coefficient is the same for every query: the density of the proposal cancels.
-        return merge(near, dense_state(q, chunks.k, chunks.beta, log_mass))
+        # As 0 times NaN, the coefficient of a hidden chunk would reach every query, so NaN is restored separately.
+        finite = jnp.all(jnp.isfinite(chunks.beta), axis=1)
+        far = dense_state(q, chunks.k, jnp.where(finite[:, None], chunks.beta, 0), log_mass)
+        lost = jnp.any((log_mass > HIDDEN / 2) & ~finite[None, :], axis=1)
+        return merge(near, AttentionState(jnp.where(lost[:, None], jnp.nan, far.out), far.lse))
     logits = jnp.where(log_mass <= HIDDEN / 2, -jnp.inf, q @ chunks.k.T + log_mass)
     return control_variate_state(q, near, chunks.moments, logits)
 

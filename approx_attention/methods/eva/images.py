@@ -17,8 +17,9 @@ def image_layout(sizes: Sizes, num_queries: int, num_keys: int) -> Layout:
             f"spatial_shape must be that of the {num_keys} tokens, with sides that window_size = {window} divides; "
             f"got {spatial_shape} and {num_queries} queries"
         )
-    if sizes.overlap and not sizes.is_causal:
-        raise NotImplementedError("method 'eva' does not support overlap with spatial_shape")
+    for name, given in (("is_causal", sizes.is_causal), ("overlap", sizes.overlap)):
+        if given:
+            raise NotImplementedError(f"method 'eva' does not support {name} with spatial_shape")
     chunk = sizes.chunk_size
     if chunk is None and sizes.num_chunks is not None:
         chunk = _side_of(sizes.num_chunks, num_keys, window)
