@@ -114,7 +114,8 @@ def eva(
     Raises:
         ValueError: shapes or sizes that do not match, counts below 1.
         TypeError: dtypes that are not floating point.
-        NotImplementedError: an option that the streamed causal form does not support.
+        NotImplementedError: an option that the streamed causal form does not support; an image with ``is_causal`` or
+            ``overlap``.
 
     Example:
         >>> import jax, jax.numpy as jnp
