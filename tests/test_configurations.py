@@ -54,7 +54,8 @@ def equations(jaxpr):
 def test_float32_stays_float32_where_float64_is_enabled(name, is_causal, x64):
     x = jax.ShapeDtypeStruct((LENGTH, 4), jnp.float32)
     for key, options in (*cases(name, is_causal), with_a_number(name, is_causal)):
-        with_gradient = isinstance(options.get("scale"), jax.Array)  # one case of each method
+        # One case of each method, and those with arguments of their own.
+        with_gradient = isinstance(options.get("scale"), jax.Array) or {"weights", "noise"} & options.keys()
 
         def total(q, k, v, key=key, options=options):
             return jnp.sum(METHODS[name].function(q, k, v, key, **options))

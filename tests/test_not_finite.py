@@ -35,6 +35,15 @@ def lost_rows(out):
 
 
 @pytest.mark.parametrize("num_samples", [1, 2])
+def test_a_chunk_of_eva_with_little_mass_shows_its_nan(num_samples):
+    q, k, v = random_head(0, 32, 32, 4)
+    # The last chunk has a weight that underflows for every query.
+    k, q = k.at[28:].set(-300.0 * jnp.abs(q).sum(0)), jnp.abs(q)
+    call = functools.partial(eva, window_size=8, chunk_size=4, exclude_local=False, num_samples=num_samples)
+    assert lost_rows(jax.jit(call)(q, k, soiled_at(v, 30), KEY)) == list(range(32))
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
 def test_a_chunk_of_eva_that_is_hidden(num_samples):
     q, k, v = random_head(0, 32, 32, 4)
     options = {"window_size": 8, "chunk_size": 4, "is_causal": True, "exclude_local": False, "num_samples": num_samples}
@@ -88,8 +97,10 @@ def test_a_later_key_of_hedgehog():
 def test_a_hidden_key_of_a_kernel(hidden):
     features = PositiveFeatures(jnp.array([[100.0]]))
     bias = jnp.array([[0.0, HIDDEN]])
-    state = kernel_state(features, jnp.zeros((1, 1)), jnp.array([[0.0], [hidden]]), jnp.array([[1.0], [2.0]]), bias)
-    np.testing.assert_allclose(state.out, [[1.0]])
+    keys, values = jnp.array([[0.0], [hidden]]), jnp.array([[1.0], [2.0]])
+    of_query = lambda q: kernel_state(features, q, keys, values, bias).out  # noqa: E731
+    np.testing.assert_allclose(of_query(jnp.zeros((1, 1))), [[1.0]])
+    np.testing.assert_allclose(jax.grad(lambda q: of_query(q).sum())(jnp.zeros((1, 1))), 0, atol=1e-6)
 
 
 def test_the_key_of_an_absent_token():

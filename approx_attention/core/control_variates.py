@@ -67,7 +67,7 @@ def control_variate_state(
     finite = jnp.all(jnp.isfinite(answers.out), axis=2)
     known = jnp.where(finite[:, :, None], answers.out, 0)
     out = jnp.einsum("tg,gtd->td", mass / safe_total[:, None], known)
-    out = jnp.where(jnp.any((mass != 0) & ~finite.T, axis=1)[:, None], jnp.nan, out)
+    out = jnp.where(jnp.any((log_mass > -jnp.inf) & ~finite.T, axis=1)[:, None], jnp.nan, out)
     return merge(exact, AttentionState(out, jnp.where(total == 0, -jnp.inf, peak + jnp.log(safe_total))))
 
 

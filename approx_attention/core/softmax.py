@@ -107,11 +107,13 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
         [[0.25, 0.75]]
     """
     (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
+    # Hidden keys do not take part: theirs may be larger by so much that all others vanish, or NaN.
+    seen = jnp.any(bias > HIDDEN / 2, axis=0)
+    log_scale_k = jnp.where(seen[:, None], log_scale_k, -jnp.inf)
     peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
-    # A maximum per query cancels in its normaliser; keys share one, so that their weights stay comparable.
-    # Hidden keys do not take part: theirs may be larger by so much that all others vanish. NaN shows in its own weight.
-    counted = jnp.any(bias > HIDDEN / 2, axis=0) & ~jnp.isnan(peak_k)
-    peak = finite_peak(jnp.max(peak_k, where=counted, initial=-jnp.inf))
+    # A maximum per query cancels in its normaliser; keys share one, so that their weights stay comparable. NaN shows in
+    # the weight of its own key.
+    peak = finite_peak(jnp.max(peak_k, where=~jnp.isnan(peak_k), initial=-jnp.inf))
     phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
     phi_k = phi_k * jnp.exp(log_scale_k - peak)
     # Compared with half of HIDDEN, because sums of biases may move it; no other bias is near.

@@ -77,7 +77,7 @@ def finite(document: Any) -> Any:
 def write_results(
     out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any], markdown: str | None = None
 ) -> tuple[list[pathlib.Path], str]:
-    """Write NAME.json, NAME.md and, if possible, NAME.png, each atomically; removes what an earlier run left.
+    """Write NAME.json, NAME.md and, if possible, NAME.png, each atomically; removes the figure of an earlier run.
 
     Args:
         out: an existing directory.
@@ -95,9 +95,8 @@ def write_results(
     if markdown is not None:
         written.append(out / f"{name}.md")
         write_atomically(written[-1], lambda file: file.write(markdown.encode(errors="replace")))
-    else:
-        (out / f"{name}.md").unlink(missing_ok=True)
     picture = out / f"{name}.png"
+    # The figure of an earlier run.
     picture.unlink(missing_ok=True)
     try:
         figure = draw()

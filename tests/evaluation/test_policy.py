@@ -380,21 +380,6 @@ def test_the_commands_plan_a_model_and_check_its_policy(tmp_path, capsys):
     for name in ("plan/plan.png", "check/check.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert "is not JSON" in refusal(capsys, "check", tmp_path / "0.npz", tmp_path / "1.npz", "--out", tmp_path / "x")
-    assert (tmp_path / "plan" / "plan.md").exists()
-    alone = [
-        "plan",
-        tmp_path / "0.npz",
-        "--layers",
-        "a",
-        "--seeds",
-        "2",
-        "--methods",
-        "mean_value",
-        "--tolerance",
-        "0.9",
-    ]
-    assert cli.main([*map(str, alone), "--out", str(tmp_path / "plan")]) == 0
-    assert not (tmp_path / "plan" / "plan.md").exists()  # that of the policy
     both = ["--max-bytes", 1, "--max-milliseconds", 1, "--out", tmp_path / "x"]
     arguments = ["plan", tmp_path / "0.npz", "--policy", policy, "--tolerance", 1, *options, *both]
     assert "one budget" in refusal(capsys, *arguments)
