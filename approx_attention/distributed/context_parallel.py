@@ -93,8 +93,9 @@ def attention(
         Outputs ``[B, T, N, Dv]`` in the dtype of ``value``.
 
     Raises:
-        ValueError: shapes do not match, the method or a mesh axis is unknown, a random method has no ``rng``, a window
-            is longer than a device's part, or a size is below the number of devices.
+        ValueError: shapes do not match, the method or a mesh axis is unknown, an axis does not divide the sequences or
+            the key heads, a random method has no ``rng``, a window is longer than a device's part, or a size is below
+            the number of devices.
         TypeError: a dtype is wrong, or the method has no such argument, or it is neither hashable nor contains arrays.
         NotImplementedError: the method has no summary of all keys, or no causal one, or the summary does not support an
             option.
@@ -122,6 +123,12 @@ def attention(
     for name in (axis, batch_axis, head_axis):
         if name is not None and name not in mesh.shape:
             raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
+    for given, name, of, count in (
+        ("batch_axis", batch_axis, "sequences", query.shape[0]),
+        ("head_axis", head_axis, "key heads", key.shape[2]),
+    ):
+        if name is not None and count % mesh.shape[name]:
+            raise ValueError(f"{given} must divide the {count} {of}, got {name!r} with {mesh.shape[name]} devices")
     bound = bind(method, hyperparameters, options=OPTIONS)
     bound.check_values({"scale": scale})
     static, arrays = split_arrays(bound.name, {**bound.hyperparameters, "scale": scale})

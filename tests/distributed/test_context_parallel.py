@@ -271,5 +271,12 @@ def test_what_cannot_be_done_is_refused(error, message, options):
         distributed.attention(query.tolist(), key, value, **options)
     with pytest.raises(ValueError, match=r"must be \[B, T, N, D\]"):
         distributed.attention(query, key[:, :-1], value[:, :-1], **options)
+    mesh = jax.make_mesh((2, 4), ("sequence", "rest"))
+    for name, message in (
+        ("head_axis", "head_axis must divide the 2 key heads, got 'rest' with 4 devices"),
+        ("batch_axis", "batch_axis must divide the 2 sequences, got 'rest' with 4 devices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distributed.attention(*tensors(), mesh=mesh, axis="sequence", method="exact", **{name: "rest"})
     with pytest.raises(ValueError, match="mesh has the axes sequence, got 'time'"):
         distributed.attention(*tensors(), mesh=mesh_of(2), axis="time", method="exact")
