@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from approx_attention.core import InputError, unknown
+from approx_attention.core import InputError, hashable, unknown
 from approx_attention.registry import METHODS
 
 WINDOW = (
@@ -64,12 +64,7 @@ class Option(click.ParamType):
             setting = json.loads(text)
         except (ValueError, RecursionError):
             setting = text
-        return MethodName().convert(method, param, ctx), option, _without_lists(setting)
-
-
-def _without_lists(x: Any) -> Any:
-    """Tuples in place of the lists of JSON: a hyper-parameter must be hashable."""
-    return tuple(map(_without_lists, x)) if isinstance(x, list) else x
+        return MethodName().convert(method, param, ctx), option, hashable(setting)
 
 
 class Directory(click.ParamType):

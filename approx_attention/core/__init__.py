@@ -75,7 +75,7 @@ from approx_attention.core.features import (
     root,
     squared_norm,
 )
-from approx_attention.core.heads import Operands, by_kv_head, each, from_kv_head, over_heads, split_arrays
+from approx_attention.core.heads import Operands, by_kv_head, each, from_kv_head, hashable, over_heads, split_arrays
 from approx_attention.core.layout import broadcast, check_layout, split_mask, within
 from approx_attention.core.moments import running_moments
 from approx_attention.core.nonnegative import nonnegative_least_squares
@@ -264,6 +264,7 @@ __all__ = [
     "from_kv_head",
     "gaussian_projection",
     "hadamard",
+    "hashable",
     "head_inputs",
     "in_blocks",
     "in_float32",

@@ -195,6 +195,11 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
     return by_platform(operands, cpu=where_it_lies, default=at_once)
 
 
+def hashable(x: Any) -> Any:
+    """Tuples in place of lists, at any depth: options of JSON become constants of programs, which must be hashable."""
+    return tuple(map(hashable, x)) if isinstance(x, list | tuple) else x
+
+
 def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[Static, dict[str, Any]]:
     """Split arguments into static ones and those with arrays.
 

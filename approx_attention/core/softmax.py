@@ -112,7 +112,7 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
     log_scale_k = jnp.where(seen[:, None], log_scale_k, -jnp.inf)
     peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
     # A maximum per query cancels in its normaliser; keys share one, so that their weights stay comparable. NaN shows in
-    # the weight of its own key.
+    # the weight of that key alone.
     peak = finite_peak(jnp.max(peak_k, where=~jnp.isnan(peak_k), initial=-jnp.inf))
     phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
     phi_k = phi_k * jnp.exp(log_scale_k - peak)

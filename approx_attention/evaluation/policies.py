@@ -6,10 +6,10 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from approx_attention.core import InputError, unknown
+from approx_attention.core import InputError, hashable, unknown
 from approx_attention.evaluation.atomic import write_atomically
 from approx_attention.registry import HeadMethods, bind
 
@@ -204,7 +204,7 @@ def _layer(layer: str, given: Any) -> LayerPolicy:
         where = f"head {number} of layer {layer!r}"
         own = dict(_mapping(head, where))
         own["hyperparameters"] = {
-            name: _hashable(x) for name, x in _mapping(own.get("hyperparameters", {}), where).items()
+            name: hashable(x) for name, x in _mapping(own.get("hyperparameters", {}), where).items()
         }
         read.append(_read(HeadChoice, own, where))
     return _read(LayerPolicy, {**given, "heads": tuple(read)}, f"layer {layer!r}")
@@ -247,8 +247,3 @@ def _mapping(x: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(x, dict):
         raise InputError(f"{where} must be an object, got {x!r}")
     return x
-
-
-def _hashable(x: Any) -> Any:
-    """Turn lists of JSON into tuples, which are hashable constants of programs."""
-    return tuple(map(_hashable, x)) if isinstance(x, Sequence) and not isinstance(x, str) else x
