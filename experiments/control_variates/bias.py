@@ -68,8 +68,7 @@ class Config(Seeded):
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Relative bias and deviation of each method at each size, with the slopes of their logs.
 
-    The square of the bias is the product of the deviations of two halves of the draws, so that their noise does not
-    count; ``noise`` is its standard error, and a bias below it is none that was seen.
+    A bias below ``noise`` is none that was seen.
     """
     random = np.random.default_rng(config.seed)
     q, k, v = (jnp.asarray(random.normal(size=(config.length, config.head_dim)), jnp.float32) for _ in "qkv")
@@ -81,11 +80,9 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         bias, deviation, seen, over_noise = {}, {}, {}, 0.0
         for size in config.sizes:
             outs = draws(method, {**method.arguments(), config.argument[name]: size}, q, k, v, config)
-            parts = outs.reshape(_PARTS, -1, *truth.shape).mean(1) - truth
-            pairs = np.einsum("aij,bij->ab", parts, parts)
-            apart = pairs[~np.eye(_PARTS, dtype=bool)].reshape(_PARTS, _PARTS - 1).mean(1) / scale**2
-            bias[size] = float(np.sqrt(max(apart.mean(), 0)))
-            noise = float(np.sqrt(apart.std() / np.sqrt(_PARTS)))
+            squared, error = squared_bias(outs.reshape(_PARTS, -1, *truth.shape).mean(1) - truth)
+            bias[size] = float(np.sqrt(max(squared, 0)) / scale)
+            noise = float(np.sqrt(error) / scale)
             deviation[size] = float(np.sqrt(outs.var(0).sum()) / scale)
             over_noise = max(over_noise, bias[size] / noise)
             if bias[size] > 2 * noise:
@@ -95,6 +92,18 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         fitted = {**slope(seen, "bias_slope"), **slope(deviation, "deviation_slope")}
         records.append({"method": name, **fitted, "greatest_bias_over_noise": over_noise})
     return records
+
+
+def squared_bias(deviations: np.ndarray) -> tuple[float, float]:
+    """The squared norm of the mean of means of draws, ``[parts, T, Dv]``, and its standard error where there is no bias.
+
+    It is the mean of the products of two different parts, so that the noise of each does not count.
+    """
+    number = len(deviations)
+    products = np.einsum("aij,bij->ab", deviations, deviations)
+    by_part = products[~np.eye(number, dtype=bool)].reshape(number, number - 1).mean(1)
+    # Each product is in two of these means: the variance of their mean is twice theirs over their number.
+    return by_part.mean(), np.sqrt(2 / number) * by_part.std(ddof=1)
 
 
 def table(records: Frame) -> Iterable[str]:
