@@ -45,6 +45,11 @@ def without_padding(q, k, v, kv_mask, is_causal=False):
     return q[rows], k[real], v[real], rows
 
 
+def scaled(q, k):
+    """Queries and keys in scaled space, as NumPy arrays: logits are their products."""
+    return tuple(np.asarray(x) / q.shape[1] ** 0.25 for x in (q, k))
+
+
 def as_array(x, dtype=jnp.float32):
     """A JAX array of numbers from numpy, without the program that ``jnp.asarray`` compiles for each shape."""
     array = jax.device_put(np.asarray(x, dtype))

@@ -1,5 +1,7 @@
 """The parts of coresets against loops: clusters, halving, landmarks, weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,14 +29,11 @@ from approx_attention.coresets.clustering import (
     with_nystrom_weights,
 )
 from approx_attention.coresets.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
-from approx_attention.evaluation import sup_error
-from tests.methods.test_coreset import KEY, answers, clustered, summary
-from tests.references import compiled, random_head
+from tests.methods.test_coreset import KEY, answers, clustered, error_of, summary
+from tests.references import as_array, compiled, random_head
 
 attend, halve, k_means, kernel_points = compiled(attend, halve, k_means, kernel_points)
-nearest, with_nystrom_weights, sensitivities, spread_over = compiled(
-    nearest, with_nystrom_weights, sensitivities, spread_over
-)
+nearest, with_nystrom_weights, sensitivities = compiled(nearest, with_nystrom_weights, sensitivities)
 farthest_places, tree_order, tokens_of = compiled(farthest_places, tree_order, WeightedKV.of_tokens)
 random_places, spread_places, cholesky_places, lasting_places = compiled(
     random_places, spread_places, cholesky_places, lasting_places
@@ -43,8 +42,13 @@ random_places, spread_places, cholesky_places, lasting_places = compiled(
 
 def weighted(k, v, mass):
     """Tokens with masses, whose values are ``v``."""
-    k, v, mass = (np.asarray(x, np.float32) for x in (k, v, mass))
-    return WeightedKV(*map(jnp.asarray, (k, v * mass[:, None], mass)))
+    k, v, mass = map(np.asarray, (k, v, mass))
+    return WeightedKV(*map(as_array, (k, v * mass[:, None], mass)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def spread_in_order(tokens, order, groups):
+    return spread_over(kernel_points(tokens, jnp.float32(0.5)), order, groups)
 
 
 def test_the_greedy_rule_against_a_loop():
@@ -57,9 +61,8 @@ def test_the_greedy_rule_against_a_loop():
         keep = np.linalg.norm(total + b * d) < np.linalg.norm(total - a * d)
         total += b * d if keep else -a * d
         kept.append(keep)
-    gram = jnp.asarray(difference @ difference.T, jnp.float32)
-    masses = (jnp.asarray(x, jnp.float32) for x in (*mass.T, np.full(20, 0.3)))
-    signs = compiled(SIGN_RULES["greedy"])(gram, *masses, 0.5)
+    arrays = map(as_array, (difference @ difference.T, *mass.T, np.full(20, 0.3)))
+    signs = compiled(SIGN_RULES["greedy"])(*arrays, 0.5)
     np.testing.assert_array_equal(signs, kept)
 
 
@@ -67,26 +70,26 @@ def test_the_greedy_rule_against_a_loop():
 def test_signs_cancel_better_than_coins(rule):
     random = np.random.default_rng(17)
     difference = random.normal(size=(10, 64, 5))
-    gram = jnp.asarray(difference @ difference.swapaxes(1, 2), jnp.float32)
-    one = jnp.ones(64)
-    coin = jnp.asarray(random.uniform(size=(10, 64)), jnp.float32)
-    keep = jax.jit(jax.vmap(lambda gram, coin: SIGN_RULES[rule](gram, one, one, coin, 0.5)))(gram, coin)
+    gram = difference @ difference.swapaxes(1, 2)
+    one = as_array(np.ones(64))
+    coin = as_array(random.uniform(size=(10, 64)))
+    keep = jax.jit(jax.vmap(lambda gram, coin: SIGN_RULES[rule](gram, one, one, coin, 0.5)))(as_array(gram), coin)
     signs = np.where(keep, 1, -1)
-    left = np.einsum("si,sij,sj->s", signs, np.asarray(gram), signs)
-    by_coin = np.trace(np.asarray(gram), axis1=1, axis2=2)
+    left = np.einsum("si,sij,sj->s", signs, gram, signs)
+    by_coin = np.trace(gram, axis1=1, axis2=2)
     assert left.mean() < {"search": 0.02, "greedy": 0.1, "thinning": 0.6}[rule] * by_coin.mean()
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_halving_keeps_one_of_each_pair_and_its_mass(interleaved):
     _, k, v = random_head(18, 1, 44, 6, 3)
-    mass = jnp.asarray(np.random.default_rng(0).integers(0, 4, 44), jnp.float32)
+    mass = np.random.default_rng(0).integers(0, 4, 44)
     points = kernel_points(weighted(k, v, mass), jnp.float32(0.5))
-    half = halve(points, jnp.linspace(0, 1, 22), rule="greedy", block=12, interleaved=interleaved)
-    np.testing.assert_array_equal(half.mass, np.asarray(mass).reshape(22, 2).sum(1))
+    half = halve(points, as_array(np.linspace(0, 1, 22)), rule="greedy", block=12, interleaved=interleaved)
+    np.testing.assert_array_equal(half.mass, mass.reshape(22, 2).sum(1))
     place = np.asarray(half.place)
     np.testing.assert_array_equal(place // 2, np.arange(22))
-    assert (np.asarray(mass)[place][np.asarray(half.mass) > 0] > 0).all()
+    assert (mass[place][np.asarray(half.mass) > 0] > 0).all()
 
 
 BY_CHANCE = ["thinformer", "balance_kv", Halving(rule="walk"), Halving(rule="thinning")]
@@ -108,11 +111,11 @@ def test_no_place_in_the_sequence_is_preferred(algorithm):
 def test_random_rules_keep_masses_on_average(rule):
     random = np.random.default_rng(50)
     difference = random.normal(size=(32, 5))
-    gram = jnp.asarray(difference @ difference.T, jnp.float32)
-    heavy, light = (jnp.asarray(np.full(32, x), jnp.float32) for x in (9e-3, 1e-3))
-    coins = jnp.asarray(random.uniform(size=(300, 32)), jnp.float32)
+    gram = as_array(difference @ difference.T)
+    heavy, light = (as_array(np.full(32, x)) for x in (9e-3, 1e-3))
+    coins = as_array(random.uniform(size=(300, 32)))
     keep = jax.jit(jax.vmap(lambda coin: SIGN_RULES[rule](gram, heavy, light, coin, 0.5)))(coins)
-    assert float(np.mean(keep)) == pytest.approx(0.9, abs=0.05)
+    assert np.asarray(keep).mean() == pytest.approx(0.9, abs=0.05)
 
 
 def test_a_value_that_is_not_a_number_costs_no_other_token():
@@ -120,15 +123,14 @@ def test_a_value_that_is_not_a_number_costs_no_other_token():
     v = np.array(v)
     v[7, 0] = np.nan
     small = summary(np.asarray(k), v, np.arange(128) < 80, size=16, algorithm="halving")
-    assert float(np.sum(small.mass)) == pytest.approx(80)
+    assert np.asarray(small.mass).sum() == pytest.approx(80)
 
 
 def test_large_groups_do_not_overflow():
     count, groups = 131036, 65500
     nothing = np.zeros((count, 1))
-    points = kernel_points(weighted(nothing, nothing, np.ones(count)), jnp.float32(0.5))
-    spread = spread_over(points, jnp.asarray(np.arange(count, dtype=np.int32)), groups)
-    assert np.sum(np.asarray(spread.mass, np.float64)) == count
+    points = spread_in_order(weighted(nothing, nothing, np.ones(count)), np.arange(count, dtype=np.int32), groups)
+    assert np.asarray(points.mass, np.float64).sum() == count
 
 
 def test_an_unfactorable_kernel_leaves_finite_gradients():
@@ -154,27 +156,24 @@ def test_the_tree_brings_neighbours_together():
 def test_groups_get_equally_many(num_keys, groups):
     _, k, v = random_head(20, 1, num_keys, 3, 1)
     mass = (np.arange(num_keys) % 4 != 3).astype(np.float32)
-    points = kernel_points(WeightedKV(k, v, jnp.asarray(mass)), jnp.float32(0.5))
-    order = jnp.asarray(np.argsort(mass == 0, stable=True), jnp.int32)
-    spread = spread_over(points, order, groups)
-    length = group_length(num_keys, groups)
-    counts = (np.asarray(spread.mass).reshape(groups, length) > 0).sum(1)
-    assert counts.sum() == float(mass.sum())
+    points = spread_in_order(WeightedKV(k, v, mass), np.argsort(mass == 0, stable=True).astype(np.int32), groups)
+    held = np.asarray(points.mass) > 0
+    counts = held.reshape(groups, group_length(num_keys, groups)).sum(1)
+    assert counts.sum() == mass.sum()
     assert counts.max() - counts.min() <= 1
-    held = np.asarray(spread.place)[np.asarray(spread.mass) > 0]
-    np.testing.assert_array_equal(np.sort(held), np.flatnonzero(mass))
+    np.testing.assert_array_equal(np.sort(np.asarray(points.place)[held]), np.flatnonzero(mass))
 
 
 def test_nearest_and_merged_against_a_loop():
     _, k, v = random_head(21, 1, 50, 4, 2)
     mass = np.random.default_rng(0).integers(0, 3, 50)
     tokens = weighted(k, v, mass)
-    start = jnp.asarray(np.arange(6, dtype=np.int32))
+    start = as_array(np.arange(6), jnp.int32)
     clusters = jax.tree.map(np.asarray, k_means(tokens, start, 1))
     present = np.asarray(mass)[:6] > 0
     distance = np.linalg.norm(np.asarray(k)[:, None] - np.asarray(k)[None, :6], axis=-1)
     label = np.where(present[None], distance, np.inf).argmin(1)
-    np.testing.assert_array_equal(nearest(k, jnp.asarray(np.asarray(k)[:6]), jnp.asarray(present)), label)
+    np.testing.assert_array_equal(nearest(k, as_array(np.asarray(k)[:6]), as_array(present, bool)), label)
     for cluster in range(6):
         members = label == cluster
         total = np.asarray(mass)[members].sum()
@@ -192,13 +191,13 @@ def test_farthest_places_against_a_loop():
     chosen = [int(np.linalg.norm(k, axis=1).argmax())]
     while len(chosen) < 7:
         chosen.append(int(np.linalg.norm(k[:, None] - k[None, chosen], axis=-1).min(1).argmax()))
-    np.testing.assert_array_equal(farthest_places(jnp.asarray(k), jnp.asarray(np.ones(40, bool)), 7), chosen)
+    np.testing.assert_array_equal(farthest_places(as_array(k), as_array(np.ones(40), bool), 7), chosen)
 
 
 @pytest.mark.parametrize("places", [random_places, spread_places, cholesky_places, lasting_places])
 def test_places_are_distinct_and_real(places):
     _, k, v = random_head(23, 1, 60, 4, 2)
-    tokens = tokens_of(k, v, jnp.asarray(np.arange(60) % 3 != 0))
+    tokens = tokens_of(k, v, as_array(np.arange(60) % 3 != 0, bool))
     argument = {random_places: (tokens.mass, 12), spread_places: (tokens, 12), lasting_places: (tokens, 12)}.get(
         places, (tokens, jnp.float32(1), 12)
     )
@@ -210,7 +209,7 @@ def test_places_are_distinct_and_real(places):
 def test_outliers_are_seeded():
     k, v = clustered(24, 400, num_clusters=3, noise=0.01)
     k[17] = -3 * k[0]
-    places = np.asarray(spread_places(tokens_of(jnp.asarray(k), jnp.asarray(v)), 8, KEY))
+    places = np.asarray(spread_places(tokens_of(as_array(k), as_array(v)), 8, KEY))
     assert 17 in places
 
 
@@ -238,8 +237,7 @@ def test_nystrom_weights_are_never_worse_than_the_merge_by_much():
         _, k, v = random_head(26, 1, 300, 5, 3, spread=spread)
         radius = float(np.linalg.norm(np.asarray(k) - np.asarray(k).mean(axis=0), axis=1).max())
         solved, merged = (
-            float(sup_error(k, v, summary(k, v, size=40, algorithm=a), radius).error)
-            for a in (KMeansNystrom(), KMeansMerge())
+            error_of(k, v, summary(k, v, size=40, algorithm=a), radius) for a in (KMeansNystrom(), KMeansMerge())
         )
         assert solved < 2 * merged
 
@@ -254,7 +252,7 @@ def test_more_landmarks_than_the_rank_of_the_kernel():
 
 def test_sensitivities_against_a_loop():
     _, k, v = random_head(28, 1, 30, 4, 2)
-    tokens = tokens_of(k, v, jnp.asarray(np.arange(30) != 3))
+    tokens = tokens_of(k, v, as_array(np.arange(30) != 3, bool))
     x = np.asarray(tokens.k, np.float64)
     weights = np.exp(1.3 * x @ x.T) * np.asarray(tokens.mass)[None]
     expected = np.diagonal(weights) / weights.sum(1) * np.asarray(tokens.mass)
@@ -264,7 +262,7 @@ def test_sensitivities_against_a_loop():
 def test_lasting_places_against_a_loop():
     random = np.random.default_rng(21)
     k, mass = random.normal(size=(24, 3)), random.integers(1, 5, size=24).astype(float)
-    tokens = WeightedKV(*(jnp.asarray(x, jnp.float32) for x in (k, mass[:, None] * k, mass)))
+    tokens = weighted(k, k, mass)
     order = np.asarray(jax.random.uniform(KEY, (24,), jnp.float32))
     costs = []
     for i in range(24):
@@ -277,8 +275,8 @@ def test_lasting_places_against_a_loop():
 
 def test_lasting_places_are_those_of_distinct_keys_and_never_of_padding():
     _, k, v = random_head(22, 1, 30)
-    k = jnp.asarray(np.tile(np.asarray(k)[:10], (3, 1)))  # each of ten keys three times
-    real = jnp.asarray(np.arange(30) != 4)
+    k = as_array(np.tile(np.asarray(k)[:10], (3, 1)))  # each of ten keys three times
+    real = as_array(np.arange(30) != 4, bool)
     places = np.asarray(lasting_places(tokens_of(k, v, real), 10, KEY))
     assert 4 not in places
     assert len({tuple(row) for row in np.asarray(k)[places]}) == 10

@@ -26,9 +26,9 @@ from tests.methods.test_coreset import (
     shared_head,
     summary,
 )
-from tests.references import compiled, random_head
+from tests.references import as_array, compiled, random_head
 
-attend, fitted_masses, refitted = compiled(attend, fitted_masses, refitted)
+attend, fitted_masses, refitted, tokens_of = compiled(attend, fitted_masses, refitted, WeightedKV.of_tokens)
 nonnegative_least_squares, balancing_walk = compiled(nonnegative_least_squares, balancing_walk)
 
 SHARE = 0.1  # c over the mean squared norm of the values
@@ -40,12 +40,18 @@ def kernel(k, v, others_k, others_v, exponent, unit):
     return np.exp(exponent * k @ others_k.T) * (v @ others_v.T / unit**2 + SHARE)
 
 
+def in_float64(tokens):
+    """Keys, values and masses, if no token is absent."""
+    k, value_sum, mass = (np.asarray(x, np.float64) for x in (tokens.k, tokens.value_sum, tokens.mass))
+    return k, value_sum / mass[:, None], mass
+
+
 def distance(beta, held, tokens, exponent):
     """The squared distance of the weighted sums in the kernel's space, and the least-squares problem G, b."""
-    k, v, mass = (np.asarray(x, np.float64) for x in (tokens.k, tokens.values, tokens.mass))
+    (k, v, mass), (held_k, held_v, _) = in_float64(tokens), in_float64(held)
     unit = np.sqrt(mass @ (v**2).sum(1) / mass.sum())
-    gram = kernel(held.k, held.values, held.k, held.values, exponent, unit)
-    target = kernel(held.k, held.values, k, v, exponent, unit) @ mass
+    gram = kernel(held_k, held_v, held_k, held_v, exponent, unit)
+    target = kernel(held_k, held_v, k, v, exponent, unit) @ mass
     whole = mass @ kernel(k, v, k, v, exponent, unit) @ mass
     beta = np.asarray(beta, np.float64)
     return beta @ gram @ beta - 2 * beta @ target + whole, gram, target
@@ -53,11 +59,9 @@ def distance(beta, held, tokens, exponent):
 
 def rows_of(seed, spread=1.0):
     _, k, v = random_head(seed, 6, NUM_KEYS, HEAD_DIM, VALUE_DIM, spread=spread)
-    tokens = WeightedKV.of_tokens(k, v)
-    held = WeightedKV.of_tokens(k[:SIZE], v[:SIZE])
-    return tokens, dataclasses.replace(
-        held, mass=held.mass * NUM_KEYS / SIZE, value_sum=held.value_sum * NUM_KEYS / SIZE
-    )
+    share = NUM_KEYS / SIZE
+    held = map(as_array, (np.asarray(k)[:SIZE], share * np.asarray(v)[:SIZE], np.full(SIZE, share)))
+    return tokens_of(k, v), WeightedKV(*held)
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e3])
@@ -66,13 +70,15 @@ def test_nonnegative_least_squares_against_an_active_set(condition):
     a = random.normal(size=(40, 24)) * np.geomspace(1, condition, 24)
     y = random.normal(size=40)
     expected, residual = nnls(a, y)
-    x = nonnegative_least_squares(jnp.asarray(a.T @ a, jnp.float32), jnp.asarray(a.T @ y, jnp.float32))
+    x = nonnegative_least_squares(as_array(a.T @ a), as_array(a.T @ y))
     assert (np.asarray(x) >= 0).all()
     assert 0 < (expected > 0).sum() < 24
     assert np.linalg.norm(a @ np.asarray(x, np.float64) - y) <= residual * (1 + 1e-5)
     # Unknowns that do not enter the problem are 0 and change no other.
-    padded = nonnegative_least_squares(jnp.pad(jnp.eye(2), ((0, 1), (0, 1))), jnp.asarray([2.0, -1.0, 3.0]))
-    np.testing.assert_allclose(padded, [2, 0, 0], atol=1e-5)
+    entering, y = np.arange(24) < 2, np.full(24, 3.0)
+    y[:2] = 2, -1
+    padded = nonnegative_least_squares(as_array(np.diag(entering)), as_array(y))
+    np.testing.assert_allclose(padded, [2] + 23 * [0], atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -91,38 +97,39 @@ def test_masses_are_the_nearest_in_the_kernels_space(seed):
 
 def test_masses_are_known_where_all_are_held_and_where_tokens_repeat():
     q, k, v = shared_head(20)
-    tokens = WeightedKV.of_tokens(k, v)
+    tokens = tokens_of(k, v)
     np.testing.assert_allclose(refitted(tokens, tokens).mass, 1, atol=1e-2)
     # Each of six tokens occurs a different number of times, which only the masses show.
     count = np.asarray([1, 2, 4, 8, 16, NUM_KEYS - 31])
     place = np.repeat(np.arange(SIZE), count)
-    tokens, held = WeightedKV.of_tokens(k[place], v[place]), WeightedKV.of_tokens(k[:SIZE], v[:SIZE])
-    small = refitted(tokens, held)
+    repeated, first = ([as_array(np.asarray(x)[chosen]) for x in (k, v)] for chosen in (place, slice(SIZE)))
+    small = refitted(tokens_of(*repeated), tokens_of(*first))
     np.testing.assert_allclose(small.mass, count, rtol=1e-2, atol=1e-2)
-    np.testing.assert_allclose(attend(q, small).out, answers(q, k[place], v[place]), atol=2e-3)
+    np.testing.assert_allclose(attend(q, small).out, answers(q, *repeated), atol=2e-3)
 
 
 def test_absent_tokens_stay_absent_and_the_total_is_kept():
     q, k, v = shared_head(21)
-    kv_mask = jnp.arange(NUM_KEYS) % 3 != 0
-    tokens = WeightedKV.of_tokens(k.at[::3].set(jnp.nan), v.at[::3].set(jnp.nan), kv_mask)
-    held = jax.tree.map(lambda x: x[:SIZE], tokens)
+    real = np.arange(NUM_KEYS) % 3 != 0
+    soiled = (as_array(np.where(real[:, None], x, np.nan)) for x in (k, v))
+    tokens = tokens_of(*soiled, as_array(real, bool))
+    held = jax.tree.map(lambda x: as_array(np.asarray(x)[:SIZE]), tokens)
     small = refitted(tokens, held, query_radius=jnp.float32(2.0))
-    there = np.asarray(kv_mask)[:SIZE]
-    assert (np.asarray(small.mass)[~there] == 0).all()
-    assert float(small.mass.sum()) == pytest.approx(int(kv_mask.sum()), rel=1e-5)
+    mass = np.asarray(small.mass)
+    assert (mass[~real[:SIZE]] == 0).all()
+    assert mass.sum() == pytest.approx(real.sum(), rel=1e-5)
     assert np.isfinite(attend(q, small).out).all()
-    nothing = dataclasses.replace(held, mass=jnp.zeros(SIZE), value_sum=jnp.zeros_like(held.value_sum))
+    nothing = WeightedKV(held.k, *(as_array(np.zeros(x.shape)) for x in (held.value_sum, held.mass)))
     np.testing.assert_array_equal(refitted(tokens, nothing, query_radius=jnp.float32(2.0)).mass, 0)
 
 
 @jax.jit
 def with_slopes(tokens, held):
-    def made(k, value_sum):
-        return refitted(tokens, dataclasses.replace(held, k=k, value_sum=value_sum))
+    def loss(k, value_sum):
+        made = refitted(tokens, dataclasses.replace(held, k=k, value_sum=value_sum))
+        return jnp.sum(made.value_sum**2), made
 
-    loss = lambda *x: jnp.sum(made(*x).value_sum ** 2)  # noqa: E731
-    return made(held.k, held.value_sum), jax.grad(loss, (0, 1))(held.k, held.value_sum)
+    return jax.grad(loss, (0, 1), has_aux=True)(held.k, held.value_sum)
 
 
 def test_no_radius_overflows():
@@ -151,13 +158,13 @@ def test_the_walk_of_the_authors_code_against_a_loop():
             plus = u < 0.5 - gamma * (x @ sums) / np.diag(gram).max()
             sums += x if plus else -x
             expected.append(plus)
-        plus = balancing_walk(jnp.asarray(gram, jnp.float32), gamma, jnp.asarray(coin, jnp.float32))
+        plus = balancing_walk(*map(as_array, (gram, gamma, coin)))
         np.testing.assert_array_equal(plus, expected)
 
 
 def test_what_masses_and_walks_do_not_take():
     _, k, v = shared_head(22)
-    tokens = WeightedKV.of_tokens(k, v)
+    tokens = tokens_of(k, v)
     with pytest.raises(ValueError, match="masses can be fitted to kept or merged tokens only"):
         jax.eval_shape(functools.partial(FittedMasses(BalanceKV()), size=SIZE), tokens, ratio=jnp.float32(1), key=KEY)
     with pytest.raises(ValueError, match="refitted uses queries in scaled space"):

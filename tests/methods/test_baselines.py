@@ -1,13 +1,12 @@
 """The baselines: uniform sampling, the mean of the values, a local window."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from approx_attention.methods import running_uniform_sample
 from tests.methods.case import Case
+from tests.methods.test_coreset import streamed
 from tests.references import as_array
 
 CASES = {
@@ -23,18 +22,13 @@ CASES = {
 
 
 def test_a_running_sample_is_uniform():
-    k = v = jnp.arange(24.0)[:, None]
-    running_of = functools.partial(running_uniform_sample, 1, sample_size=6)
+    k = v = as_array(np.arange(24.0)[:, None])
 
     @jax.jit
     @jax.vmap
     def kept(key):
-        running = running_of(key)
-        sample = running.init(1, jnp.float32)
-        for start in range(0, 24, 4):
-            part = slice(start, start + 4)
-            sample = running.append(sample, jnp.int32(start), k[part], v[part], jnp.ones(4, bool))
-        return running.read(sample).k[:, 0], running.read(sample).mass
+        sample = streamed(running_uniform_sample(1, key, sample_size=6), k, v, jnp.ones(24, bool), 4)
+        return sample.k[:, 0], sample.mass
 
     tokens, mass = kept(jax.random.split(jax.random.key(0), 4000))
     np.testing.assert_allclose(mass, 4.0)

@@ -28,13 +28,21 @@ from approx_attention import (
 from approx_attention.core import PositiveFeatures, control_variate_state
 from approx_attention.methods import gate_tokens, running_rfa
 from tests.methods.case import Case
-from tests.references import as_array, brute_force, causal_mask, compiled, random_head, random_heads, relative_error
+from tests.references import (
+    as_array,
+    brute_force,
+    causal_mask,
+    compiled,
+    random_head,
+    random_heads,
+    relative_error,
+    scaled,
+)
 
 
 def attention_of_directions(q, k, v):
     """Attention between unit vectors."""
-    x, y = (z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (q, k))
-    return brute_force(x, y, v, scale=1.0)[0]
+    return brute_force(*(unit(np.asarray(x)) for x in (q, k)), v, scale=1.0)[0]
 
 
 CASES = {
@@ -121,7 +129,7 @@ def test_rfa_tends_to_attention_between_unit_vectors():
     ]
     assert errors[1] < 0.2 * errors[0]
     assert errors[1] < 0.02
-    for bandwidth in (1.5, jnp.linspace(0.5, 1.5, 8)):
+    for bandwidth in (1.5, jax.device_put(np.linspace(0.5, 1.5, 8))):
         x, y = (np.asarray(bandwidth) * unit(np.asarray(z)) for z in (q, k))
         wide = rfa(q, k, v, jax.random.key(0), num_features=2**14, bandwidth=bandwidth)
         assert relative_error(wide, brute_force(x, y, v, scale=1.0)[0]) < 0.1
@@ -147,7 +155,7 @@ def test_gated_rfa_is_the_recurrence(block_size):
     out = rfa(q, k, v, jax.random.key(0), **options)
     np.testing.assert_allclose(out, expected, rtol=0 if block_size == 4 else 1e-9, atol=0.03 if block_size == 4 else 0)
     # Gates that forget nothing weigh all keys alike.
-    open_gates = rfa(q, k, v, jax.random.key(0), **{**options, "gate_logits": jnp.full(17, 25.0)})
+    open_gates = rfa(q, k, v, jax.random.key(0), **{**options, "gate_logits": jax.device_put(np.full(17, 25.0))})
     plain = rfa(q, k, v, jax.random.key(0), **{**options, "gate_logits": None})
     np.testing.assert_allclose(open_gates, plain, atol=1e-8)
     with pytest.raises(NotImplementedError, match="gate_logits only with is_causal"):
@@ -174,24 +182,27 @@ def test_gated_rfa_goes_on_from_segment_to_segment():
 
 def test_gates_and_bandwidths_of_each_head_through_attention():
     query, key, value = random_heads(0, 2, 9, 9, 4, 2)
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 2)), jnp.float32)
-    bandwidth = jnp.asarray([[0.5] * 8, [1.5] * 8], jnp.float32)
+    logits = np.random.default_rng(0).normal(size=(2, 9, 2)).astype(np.float32)
+    bandwidth = np.asarray([[0.5] * 8, [1.5] * 8], np.float32)
     rng = jax.random.key(0)
-    out = attention(
-        query, key, value, method="rfa", rng=rng, is_causal=True, num_features=8, block_size=2,
-        gate_logits=logits, per_head={"bandwidth": bandwidth},
-    )  # fmt: skip
-    for b, n in itertools.product(range(2), range(4)):
-        own = jax.random.fold_in(rng, n // 2)
-        one = rfa(
-            query[b, :, n], key[b, :, n // 2], value[b, :, n // 2], own, is_causal=True, num_features=8, block_size=2,
-            gate_logits=logits[b, :, n // 2], bandwidth=bandwidth[n // 2],
+
+    def answer(logits, bandwidth):
+        return attention(
+            query, key, value, method="rfa", rng=rng, is_causal=True, num_features=8, block_size=2,
+            gate_logits=logits, per_head={"bandwidth": bandwidth},
         )  # fmt: skip
+
+    out = np.asarray(jax.jit(answer)(logits, bandwidth))
+    for b, n in itertools.product(range(2), range(4)):
+        q, k, v, gates = (np.asarray(x)[b, :, n * x.shape[2] // 4] for x in (query, key, value, logits))
+        given = {"gate_logits": as_array(gates), "bandwidth": as_array(bandwidth[n // 2])}
+        own = jax.random.fold_in(rng, n // 2)
+        one = rfa(*map(as_array, (q, k, v)), own, is_causal=True, num_features=8, block_size=2, **given)
         np.testing.assert_allclose(out[b, :, n], one, atol=2e-5)
     with pytest.raises(ValueError, match=r"gate_logits must be \[..., S, K\] = \[2, 9, 2\], got shape \(2, 9\)"):
-        attention(query, key, value, method="rfa", rng=rng, is_causal=True, gate_logits=logits[..., 0])
+        jax.eval_shape(answer, logits[..., 0], bandwidth)
     with pytest.raises(ValueError, match=r"per_head\['bandwidth'\] must be arrays \[K, ...\] with K = 2"):
-        attention(query, key, value, method="rfa", rng=rng, per_head={"bandwidth": bandwidth[:1]})
+        jax.eval_shape(answer, logits, bandwidth[:1])
 
 
 @pytest.mark.slow
@@ -229,9 +240,10 @@ def test_gradients_of_tiny_tokens_and_padded_gates_are_finite():
 
 def test_hyperbolic_features_are_those_of_both_directions():
     q, k, v = head(4)
-    w = jax.device_put(np.random.default_rng(0).normal(size=(5, 8)))
-    both = favor(q, k, v, projection=jnp.concatenate([w, -w]))
-    np.testing.assert_allclose(favor(q, k, v, projection=w, features="hyperbolic"), both, rtol=1e-12)
+    w = np.random.default_rng(0).normal(size=(5, 8))
+    both = favor(q, k, v, projection=jax.device_put(np.concatenate([w, -w])))
+    hyperbolic = favor(q, k, v, projection=jax.device_put(w), features="hyperbolic")
+    np.testing.assert_allclose(hyperbolic, both, rtol=1e-12)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -248,7 +260,7 @@ def test_relu_features_are_their_own_kernel_near_and_far(is_causal):
 def test_the_error_of_an_entry_is_what_the_formula_says(features):
     q, k, _ = head(6, 3, 4, 3, spread=0.4)
     predicted = jax.jit(functools.partial(bounds.favor_mse, num_features=8, features=features))(q, k)
-    x, y = (np.asarray(z) for z in compiled(fold_scale)(q, k))
+    x, y = scaled(q, k)
     w = np.random.default_rng(0).normal(size=(200_000, 8 if features == "positive" else 4, 3))
 
     def phi(x):
@@ -276,23 +288,27 @@ def test_ra_is_unbiased_by_quadrature():
     logits = np.asarray(q) @ np.asarray(k).T / np.sqrt(2)
     pi = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
+    noise = np.broadcast_to(grid[:, None, None], (len(grid), 3, 1, 2))
+    indices = np.broadcast_to(np.arange(5, dtype=np.int32)[:, None, None], (5, 3, 1))
+
     def mean(noise_scale):
-        total = np.zeros((3, 2))
-        function = jax.jit(functools.partial(ra, noise_scale=noise_scale))
-        for (epsilon, share), m in itertools.product(zip(grid, probability, strict=True), range(5)):
-            noise, indices = jnp.broadcast_to(jnp.asarray(epsilon), (3, 1, 2)), jnp.full((3, 1), m)
-            total += share * pi[:, m : m + 1] * np.asarray(function(q, k, v, noise=noise, indices=indices))
-        return total
+        @jax.jit
+        @functools.partial(jax.vmap, in_axes=(0, None))
+        @functools.partial(jax.vmap, in_axes=(None, 0))
+        def each(noise, indices):
+            return ra(q, k, v, noise=noise, indices=indices, noise_scale=noise_scale)
+
+        return np.einsum("e,tm,emtd->td", probability, pi, np.asarray(each(noise, indices)))
 
     np.testing.assert_allclose(mean("exact"), expected, atol=1e-7)
     assert np.abs(mean("official") - expected).max() > 1e-3
 
 
 def test_ra_draws_its_index_from_attention():
-    q, k, _ = head(8, 2, 6, 4)
+    k = head(8, 2, 6, 4)[1]
     # Without noise and with distant keys, sample m gives nearly the value of key m.
-    k = 40 * k
-    out = ra(0 * q, k, jnp.eye(6), jax.random.key(0), num_samples=20_000, noise=None)
+    nothing, distant, one_each = map(jax.device_put, (np.zeros((2, 4)), 40 * np.asarray(k), np.eye(6)))
+    out = ra(nothing, distant, one_each, jax.random.key(0), num_samples=20_000, noise=None)
     np.testing.assert_allclose(out, np.full((2, 6), 1 / 6), atol=0.02)
 
 
@@ -301,9 +317,9 @@ def test_ra_draws_its_index_from_attention():
 
 def test_lara_with_proposals_at_zero_is_positive_random_features():
     q, k, v = head(9)
-    noise = jax.device_put(np.random.default_rng(0).normal(size=(1, 6, 8)))
-    out = lara(q, k, v, proposal_mean=jnp.zeros((6, 8)), noise=noise)
-    np.testing.assert_allclose(out, favor(q, k, v, projection=noise[0]), rtol=1e-12)
+    noise = np.random.default_rng(0).normal(size=(1, 6, 8))
+    out = lara(q, k, v, proposal_mean=jax.device_put(np.zeros((6, 8))), noise=jax.device_put(noise))
+    np.testing.assert_allclose(out, favor(q, k, v, projection=jax.device_put(noise[0])), rtol=1e-12)
 
 
 @pytest.mark.parametrize("weights", ["balance", "query_specific", "biased"])
@@ -311,7 +327,7 @@ def test_lara_is_its_formula(weights):
     q, k, v = head(10)
     noise = jax.device_put(np.random.default_rng(0).normal(size=(2, 4, 8)))
     out = lara(q, k, v, num_landmarks=4, noise=noise, weights=weights, correction=2.0)
-    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+    x, y, z = *scaled(q, k), np.asarray(v)
     q_bar, k_bar = (a.reshape(4, 6, 8).mean(1) for a in (x, y))
     mu = q_bar + k_bar
 
@@ -368,7 +384,7 @@ def test_lara_where_padding_is_large_or_everything_is_masked(weights):
 
 def test_arguments_of_lara_that_do_not_fit_are_refused():
     q, k, v = head(32)
-    mu = jnp.zeros((3, 8))
+    mu = jax.device_put(np.zeros((3, 8)))
     three = lara(q, k, v, num_landmarks=3, proposal_mean=mu, weights="query_specific")
     np.testing.assert_array_equal(lara(q, k, v, proposal_mean=mu, weights="query_specific"), three)
     # Without pooling the image need not be a square.
@@ -396,9 +412,9 @@ def test_more_samples_bring_lara_closer():
 def test_lara_pools_rectangles_of_an_image():
     q, k, v = head(13, 16, 16)
     order = np.arange(16).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3).reshape(-1)
-    rows = lara(q[order], k[order], v[order], num_landmarks=4)
+    rows = lara(*(jax.device_put(np.asarray(x)[order]) for x in (q, k, v)), num_landmarks=4)
     image = lara(q, k, v, num_landmarks=4, spatial_shape=(4, 4))
-    np.testing.assert_allclose(image[order], rows, rtol=1e-9)
+    np.testing.assert_allclose(np.asarray(image)[order], rows, rtol=1e-9)
     one = lara(q, k, v, num_landmarks=3, spatial_shape=(4, 4))
     np.testing.assert_allclose(one, lara(q, k, v, num_landmarks=1), rtol=1e-9)
 
@@ -440,7 +456,7 @@ def test_control_variates_from_random_features_to_softmax():
 
 def test_eva_falls_back_to_means_where_keys_are_alike():
     q, k, v = head(26)
-    alike = jnp.repeat(k[::4], 4, axis=0)
+    alike = jax.device_put(np.repeat(np.asarray(k)[::4], 4, axis=0))
     np.testing.assert_allclose(
         eva(q, alike, v, window_size=8, chunk_size=4), mean_pool(q, alike, v, num_landmarks=6), rtol=1e-9
     )

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import eva, fold_scale
+from approx_attention import eva
 from approx_attention.methods import OFFICIAL_EVA
 from tests.methods.case import Case
-from tests.references import as_array, brute_force, causal_mask, compiled, random_head, relative_error
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head, relative_error, scaled
 
 CASES = {
     "eva": Case(
@@ -56,7 +56,7 @@ def head(seed, num_queries=24, num_keys=24, head_dim=8, spread=1.0):
 
 def eva_by_hand(q, k, v, window, chunk, *, visible=None, count=True, local=None, proposal="q+k"):
     """The formula, with Python loops; ``visible(t, c)`` and ``local(t, j)`` say what a query sees."""
-    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+    x, y, z = *scaled(q, k), np.asarray(v)
     length, chunks = len(y), -(-len(y) // chunk)
     local = local or (lambda t, j: t // window == j // window)
     visible = visible or (lambda t, c: t // window != c * chunk // window)
@@ -79,8 +79,8 @@ def eva_by_hand(q, k, v, window, chunk, *, visible=None, count=True, local=None,
     return np.asarray(out)
 
 
-@pytest.mark.parametrize("length", [24, 21, 5])
-@pytest.mark.parametrize("proposal", ["q+k", "half", "k"])
+# With 21 tokens the last chunk is short. With 5 a query sees all keys itself, and proposals have no effect.
+@pytest.mark.parametrize(("length", "proposal"), [(24, "q+k"), (21, "q+k"), (21, "half"), (21, "k"), (5, "q+k")])
 def test_eva_is_its_formula(length, proposal):
     q, k, v = head(14, length, length)
     out = eva(q, k, v, window_size=8, chunk_size=4, proposal_mean=proposal)
@@ -104,7 +104,7 @@ def test_eva_without_the_departures_is_the_official_one():
 def test_official_windows_and_chunks_overlap_alike():
     q, k, v = head(27)
     out = eva(q, k, v, window_size=8, chunk_size=4, overlap=2, **OFFICIAL_EVA)
-    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+    x, y, z = *scaled(q, k), np.asarray(v)
     expected = []
     for t in range(24):
         tokens = [(y[j], z[j]) for j in range(24) if 8 * (t // 8) - 2 <= j < 8 * (t // 8) + 10]
@@ -128,7 +128,7 @@ def test_windows_overlap():
 def test_chunks_longer_than_a_window():
     q, k, v = head(17, 22, 22)
     out = eva(q, k, v, window_size=2, chunk_size=6)
-    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+    x, y, z = *scaled(q, k), np.asarray(v)
 
     def token(part):
         mu = x[part].mean(0) + y[part].mean(0)
@@ -157,7 +157,7 @@ def test_limits_in_which_eva_is_exact():
     np.testing.assert_allclose(singletons.out, expected, rtol=1e-12)
     np.testing.assert_allclose(singletons.lse, lse, rtol=1e-12)
     # If the keys within each chunk are equal, the output is exact for any directions, and for any values.
-    alike = jnp.repeat(k[::4], 4, axis=0)
+    alike = jax.device_put(np.repeat(np.asarray(k)[::4], 4, axis=0))
     equal = eva(q, alike, v, jax.random.key(0), window_size=8, chunk_size=4)
     np.testing.assert_allclose(equal, brute_force(q, alike, v)[0], rtol=1e-12)
     uncounted = eva(q, alike, v, window_size=8, chunk_size=4, count_correction=False)
@@ -180,8 +180,8 @@ def test_causal_eva_sees_two_blocks_and_the_chunks_before():
 @pytest.mark.parametrize("num_chunks", [1, 2, 5, 30])
 def test_a_bounded_number_of_chunks_averages_neighbours(num_chunks):
     q, k, v = head(28, 44, 44)
-    out = eva(q, k, v, window_size=4, chunk_size=2, num_chunks=num_chunks, is_causal=True)
-    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+    out = np.asarray(eva(q, k, v, window_size=4, chunk_size=2, num_chunks=num_chunks, is_causal=True))
+    x, y, z = *scaled(q, k), np.asarray(v)
 
     def beta(c):
         part = slice(2 * c, 2 * c + 2)
@@ -214,28 +214,29 @@ def test_a_bias_of_an_image_is_in_the_order_of_its_pixels():
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(24, 16), (16, 24), (24, 24)])
 def test_the_official_causal_form_does_not_see_the_future(num_queries, num_keys):
-    q, k, v = head(30, num_queries, num_keys)
+    tensors = head(30, num_queries, num_keys)
     function = jax.jit(functools.partial(eva, window_size=4, chunk_size=2, is_causal=True, exclude_local=False))
-    before, after = function(q, k, v), function(q.at[10:].add(3), k.at[10:].add(1), v.at[10:].add(1))
+    changed = [np.array(x) for x in tensors]
+    for x, change in zip(changed, (3, 1, 1), strict=True):
+        x[10:] += change
+    before, after = (np.asarray(function(*x)) for x in (tensors, changed))
     np.testing.assert_array_equal(after[:10], before[:10])
 
 
 def test_images_in_squares():
-    q, k, v = head(20, 64, 64)
+    tensors = head(20, 64, 64)
     order = np.arange(64).reshape(2, 2, 2, 2, 2, 2).transpose(0, 3, 1, 4, 2, 5).reshape(-1)
-    rows = eva(q[order], k[order], v[order], window_size=16, chunk_size=4)
-    image = eva(q, k, v, window_size=4, chunk_size=2, spatial_shape=(8, 8))
-    np.testing.assert_allclose(image[order], rows, rtol=1e-9)
-    official = {**OFFICIAL_EVA, "proposal_mean": "half"}
-    image = eva(q, k, v, window_size=4, chunk_size=2, spatial_shape=(8, 8), **official)
-    rows = eva(q[order], k[order], v[order], window_size=16, chunk_size=4, **official)
-    np.testing.assert_allclose(image[order], rows, rtol=1e-9)
+    ordered = [jax.device_put(np.asarray(x)[order]) for x in tensors]
+    for options in ({}, {**OFFICIAL_EVA, "proposal_mean": "half"}):
+        rows = eva(*ordered, window_size=16, chunk_size=4, **options)
+        image = eva(*tensors, window_size=4, chunk_size=2, spatial_shape=(8, 8), **options)
+        np.testing.assert_allclose(np.asarray(image)[order], rows, rtol=1e-9)
 
 
 @pytest.mark.slow
 def test_more_samples_bring_a_chunks_coefficient_to_its_optimum():
     q, k, v = head(21, spread=0.7)
-    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+    x, y, z = *scaled(q, k), np.asarray(v)
     # The optimal coefficient of a chunk is the exact output over its keys.
     expected = []
     for t in range(24):
@@ -261,7 +262,7 @@ def test_learned_vectors_pool_keys_as_evabyte_does():
     q, k, v = head(22)
     a, phi = (jax.device_put(x) for x in np.random.default_rng(0).normal(size=(2, 8)))
     out = eva(q, k, v, window_size=8, chunk_size=4, pooling_vectors=(a, phi), count_correction=False)
-    x, y, z = (np.asarray(b) for b in (*fold_scale(q, k), v))
+    x, y, z = *scaled(q, k), np.asarray(v)
     expected = []
     for t in range(24):
         weights = [np.exp(x[t] @ y[j]) for j in range(24) if j // 8 == t // 8]
@@ -291,14 +292,11 @@ def test_empty_chunks_carry_no_mass():
 
 def test_options_that_do_not_fit_are_refused():
     q, k, v = head(24)
+    vectors, bias = (jax.device_put(np.ones(8)),) * 2, jax.device_put(np.zeros((2, 2)))
     for options, error, message in (
         ({"window_size": 8, "chunk_size": 3}, ValueError, "must divide window_size = 8 or be a multiple of it, got 3"),
         ({"chunk_size": 4, "num_chunks": 3}, ValueError, "chunk_size or num_chunks, not both"),
-        (
-            {"pooling_vectors": (jnp.ones(8), jnp.ones(8)), "proposal_mean": "k"},
-            ValueError,
-            "vectors determine chunk keys",
-        ),
+        ({"pooling_vectors": vectors, "proposal_mean": "k"}, ValueError, "vectors determine chunk keys"),
         ({"chunk_size": 0, "is_causal": True}, ValueError, "chunk_size must be at least 1, got 0"),
         ({"chunk_size": 16, "window_size": 8, "is_causal": True}, ValueError, "chunk_size must divide window_size = 8"),
         ({"spatial_shape": (4, 6), "window_size": 2, "num_chunks": 5}, ValueError, "num_chunks must be at least 6"),
@@ -310,7 +308,7 @@ def test_options_that_do_not_fit_are_refused():
             NotImplementedError,
             "'eva' does not support is_causal with spatial_shape",
         ),
-        ({"local_bias": jnp.zeros((2, 2)), "window_size": 8}, ValueError, r"local_bias must be .* \[8, 8\]"),
+        ({"local_bias": bias, "window_size": 8}, ValueError, r"local_bias must be .* \[8, 8\]"),
     ):
         with pytest.raises(error, match=message):
             eva(q, k, v, **options)

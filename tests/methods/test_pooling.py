@@ -1,5 +1,7 @@
 """Running means of segments."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +21,21 @@ CASES = {
 def test_running_segments_cover_the_prefix_evenly(num_landmarks, block_size):
     _, k, v = (np.asarray(x) for x in random_head(2, 1, 60))
     running = running_mean_pool(8, num_landmarks=num_landmarks)
-    segments = running.init(8, jnp.float32)
-    append, read = jax.jit(running.append), jax.jit(running.read)
-    for block in range(60 // block_size):
+
+    @jax.jit
+    def after_each_block(k, v):
+        def append(segments, x):
+            segments = running.append(segments, *x, jnp.ones(block_size, bool))
+            return segments, (segments.length, running.read(segments))
+
+        starts = jnp.arange(0, 60, block_size, dtype=jnp.int32)
+        blocks = (x.reshape(-1, block_size, 8) for x in (k, v))
+        return jax.lax.scan(append, running.init(8, jnp.float32), (starts, *blocks))[1]
+
+    lengths, summaries = jax.tree.map(np.asarray, after_each_block(k, v))
+    for block, length in enumerate(lengths.tolist()):
         stop = (block + 1) * block_size
-        part = slice(block * block_size, stop)
-        segments = append(segments, jnp.int32(part.start), k[part], v[part], jnp.ones(block_size, bool))
-        length = int(segments.length)
-        summary = jax.tree.map(np.asarray, read(segments))
+        summary = jax.tree.map(operator.itemgetter(block), summaries)
         sizes = [min(length, max(0, stop - c * length)) for c in range(num_landmarks)]
         np.testing.assert_array_equal(summary.mass, sizes)
         assert sum(sizes) == stop

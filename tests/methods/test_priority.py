@@ -164,15 +164,14 @@ def test_errors_fall_with_the_root_of_the_keys_read_and_not_with_the_length():
     # Values equal keys, so that the values of the keys with the largest logits differ from the others.
     q, k, _ = random_head(6, 32, 4096, 16)
 
-    def errors(count, length):
+    def error(method, count, length):
         own = (jax.device_put(np.asarray(k)[:length]),) * 2
-        program = jax.jit(jax.vmap(lambda key: priority(q, *own, key, keys_per_query=count)))
-        exact = brute_force(q, *own)[0]
-        found = np.asarray(program(jax.random.split(KEY, 16))) - exact
-        best = np.asarray(top_k(q, *own, keys_per_query=count)) - exact
-        return (np.sqrt(np.mean(np.square(x))) for x in (found, best))
+        program = jax.jit(jax.vmap(lambda key: method(q, *own, key, keys_per_query=count)))
+        outs = np.asarray(program(jax.random.split(KEY, 16)))
+        return np.sqrt(np.mean(np.square(outs - brute_force(q, *own)[0])))
 
-    (few, few_best), (many, _), (short, short_best) = errors(32, 4096), errors(128, 4096), errors(32, 512)
+    few, many, short = (error(priority, *sizes) for sizes in ((32, 4096), (128, 4096), (32, 512)))
+    few_best, short_best = (error(top_k, 32, length) for length in (4096, 512))
     assert 1.7 < few / many < 2.4
     assert 0.8 < few / short < 1.25
     # The share of the weight that the largest logits hold falls with the length.
@@ -243,20 +242,21 @@ def test_prefixes_taken_from_the_sequence_are_those_of_blocks_in_turn(x64):
     tensors = random_head(4, 22, 22, dtype=jnp.float64)
     found = running_priority(8, KEY, keys_per_query=3, max_length=22)
     carried = found._replace(of_sequence=None)
-    results = []
-    for running in (found, carried):
-        state = functools.partial(causal_state, running=running, block_size=4, scale=0.5)
-        out, pull = jax.vjp(lambda *tensors, state=state: state(*tensors).out, *tensors)
-        results.append((out, *pull(jnp.cos(out))))
-    assert np.any(results[0][0] != 0)
+
+    def with_gradients(running, *tensors):
+        out, pull = jax.vjp(lambda *x: causal_state(*x, running=running, block_size=4, scale=0.5).out, *tensors)
+        return out, *pull(jnp.cos(out))
+
+    results = [jax.jit(functools.partial(with_gradients, running))(*tensors) for running in (found, carried)]
+    assert np.any(np.asarray(results[0][0]) != 0)
     chex.assert_trees_all_close(*results, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("limit", [{"max_length": 8}, {"max_length": 16, "noise": jnp.linspace(0.1, 1, 9)}])
+@pytest.mark.parametrize("limit", [{"max_length": 8}, {"max_length": 16, "noise": as_array(np.linspace(0.1, 1, 9))}])
 def test_a_prefix_that_is_too_long_gives_nan(limit):
     running = running_priority(8, KEY, keys_per_query=2, **limit)
     decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
-    out, _ = jax.jit(decoder.prefill)(decoder.init(), *random_head(12, 24, 24))
+    out, _ = jax.jit(lambda *tensors: decoder.prefill(decoder.init(), *tensors))(*random_head(12, 24, 24))
     # The third block enters the sample at the start of the fifth.
     np.testing.assert_array_equal(np.isnan(out).all(axis=1), np.arange(24) >= 16)
 
@@ -286,7 +286,7 @@ def test_hashing_samples_among_the_keys_that_a_query_looks_at(is_causal, x64):
     numerator, normaliser, _ = transcribed(q, k, v, u, count, looked_at)
     options = {"keys_per_query": count, "num_hashes": 0, "is_causal": is_causal, "return_state": True}
     soiled = (jax.device_put(np.where(kv_mask[:, None], x, np.nan)) for x in (k, v))
-    noise = {"noise": jax.device_put(u), "projection": jnp.zeros((2, 0, 8))}
+    noise = {"noise": jax.device_put(u), "projection": jax.device_put(np.zeros((2, 0, 8)))}
     state = lsh_priority(jax.device_put(q), *soiled, kv_mask=jax.device_put(kv_mask), **noise, **options)
     sums = np.exp(state.lse)[:, None] * np.column_stack([state.out, np.ones(length)])
     np.testing.assert_allclose(sums[real], np.column_stack([numerator, normaliser])[real], rtol=1e-10)
@@ -316,13 +316,13 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="priority is random"):
         priority(q, k, v)
     with pytest.raises(TypeError, match="noise"):
-        priority(q, k, v, noise=jnp.ones(9))
+        priority(q, k, v, noise=as_array(np.ones(9)))
     with pytest.raises(ValueError, match="keys_per_query must be at least 1, got 0"):
         priority(q, k, v, KEY, keys_per_query=0)
     with pytest.raises(TypeError, match="method 'priority' keeps every token: pass max_length"):
         HeadsDecoder("priority", num_kv_heads=1, head_dim=8)
-    tokens = [summarize_priority(k, v, KEY, keys_per_query=count) for count in (2, 3)]
+    parts = [functools.partial(summarize_priority, k, v, KEY, keys_per_query=count) for count in (2, 3)]
     with pytest.raises(ValueError, match="lifted tokens of one"):
-        merge(*tokens)
+        jax.eval_shape(lambda: merge(*(part() for part in parts)))
     with pytest.raises(ValueError, match="lsh_priority is random"):
-        lsh_priority(q, k, v, noise=jnp.ones(8))
+        lsh_priority(q, k, v, noise=as_array(np.ones(8)))

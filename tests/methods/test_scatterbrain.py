@@ -65,7 +65,7 @@ def test_the_matrix_as_it_is_defined(num_queries, num_keys, window_size, is_caus
 def test_in_float64_and_beyond_one_batch_of_blocks(x64):
     # 1100 blocks of one token are more than one step processes.
     q, k, v = random_head(1, 1100, 1100, 8, 2, jnp.float64)
-    projection = PROJECTION.astype(jnp.float64)
+    projection = as_array(PROJECTION, jnp.float64)
     out = jax.jit(functools.partial(scatterbrain, projection=projection, window_size=1))(q, k, v)
     np.testing.assert_allclose(out, mixed_matrix(q, k, v, projection, 1)[0], atol=1e-12)
 
@@ -75,7 +75,7 @@ def test_no_weight_is_lost_to_features_that_are_far_too_large():
     q, _, v = random_head(2, 24, 24)
     first = np.eye(1, 8, dtype=np.float32)
     q = np.where(first > 0, np.float32(-0.01), np.float32(0.1) * np.asarray(q))
-    direction = jnp.asarray(20 * first)
+    direction = as_array(20 * first)
     k = np.where(support(24, 24, 4)[0][:, None], 30 * first, -30 * first)
     out = jax.jit(functools.partial(scatterbrain, projection=direction, window_size=4))(q, k, v)
     np.testing.assert_allclose(out, mixed_matrix(q, k, v, direction, 4)[0], rtol=1e-4, atol=1e-5)
@@ -170,7 +170,7 @@ def test_a_later_token_changes_nothing_before_it():
 
 def test_sparse_serves_low_temperature_and_low_rank_high():
     # Queries equal keys: the sharper the softmax, the more weight is on the diagonal.
-    x, v = (jnp.asarray(np.random.default_rng(i).normal(size=(128, 16)), jnp.float32) for i in range(2))
+    x, v = (as_array(np.random.default_rng(i).normal(size=(128, 16))) for i in range(2))
     keys = jax.random.split(jax.random.key(5), 8)
     truths = [(s, brute_force(x, x, v, scale=s)[0]) for s in (0.5, 0.25, 0.003)]
 
@@ -180,7 +180,7 @@ def test_sparse_serves_low_temperature_and_low_rank_high():
         def answer(scale, key):
             return method(x, x, v, key, scale=scale, **options)
 
-        return [np.mean([relative_error(out, truth) for out in answer(s, keys)]) for s, truth in truths]
+        return [np.mean([relative_error(x, truth) for x in np.asarray(answer(s, keys))]) for s, truth in truths]
 
     both = errors(scatterbrain, window_size=8, num_features=64)
     low_rank = errors(favor, num_features=64)

@@ -17,7 +17,7 @@ from approx_attention import (
 )
 from approx_attention.core import draw_sketch
 from tests.methods.case import Case
-from tests.references import brute_force, compiled, random_head, random_heads
+from tests.references import as_array, brute_force, compiled, random_head, random_heads
 
 unreduced_jlt, exact, importance_sample, linformer = compiled(unreduced_jlt, exact, importance_sample, linformer)
 attend, summarize_importance_sample = compiled(attend, summarize_importance_sample)
@@ -38,13 +38,13 @@ CASES = {
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_oracle_is_its_formula(centred):
     q, k, v = random_head(3, 6, 12, 4, 3)
-    real = jnp.asarray(np.arange(12) != 5)
+    real = np.arange(12) != 5
     sketch = draw_sketch(jax.random.key(3), "gaussian", 4, 12)
-    out = unreduced_jlt(q, k, v, sketch=sketch, centred=centred, kv_mask=real)
+    out = unreduced_jlt(q, k, v, sketch=sketch, centred=centred, kv_mask=as_array(real, bool))
     matrix = np.asarray(matrix_of(sketch, 12), np.float64)
-    weights = brute_force(q, k, np.eye(12), mask=np.asarray(real)[None, :])[0]
-    mean = np.asarray(v)[np.asarray(real)].mean(0) * centred
-    centred_v = np.where(np.asarray(real)[:, None], np.asarray(v) - mean, 0)
+    weights = brute_force(q, k, np.eye(12), mask=real[None, :])[0]
+    mean = np.asarray(v)[real].mean(0) * centred
+    centred_v = np.where(real[:, None], np.asarray(v) - mean, 0)
     np.testing.assert_allclose(out, mean + weights @ (matrix.T @ (matrix @ centred_v)), atol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_the_construction_of_the_proof_answers_every_query_alike():
     random = np.asarray(matrix_of(draw_sketch(jax.random.key(6), "gaussian", 64, 256), 256))
 
     def spread(delta):
-        projections = (jnp.asarray(x * random, jnp.float32) for x in (delta, np.exp(-delta)))
+        projections = (as_array(x * random) for x in (delta, np.exp(-delta)))
         out = np.asarray(linformer(q, k, v, **dict(zip(("projection_k", "projection_v"), projections, strict=True))))
         error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
         return np.linalg.norm(out - out.mean(0)) / np.linalg.norm(out), error
@@ -89,33 +89,33 @@ def test_the_construction_of_the_proof_answers_every_query_alike():
 
 @pytest.mark.parametrize("odds", ["uniform", "key_norm", "value_norm", "leverage"])
 def test_samples_of_keys_count_for_those_passed_over(odds):
-    q, k, v = random_head(8, 4, 10, 4, 3)
+    q, k, v = map(np.asarray, random_head(8, 4, 10, 4, 3))
     sizes = np.linspace(0.2, 2, 10, dtype=np.float32)[:, None]
-    k, v = jnp.asarray(np.asarray(k) * sizes), jnp.asarray(np.asarray(v) * sizes[::-1])
-    real = jnp.asarray(np.arange(10) != 3)
-    options = {"sample_size": 4, "odds": odds, "kv_mask": real}
+    k, v = k * sizes, v * sizes[::-1]
+    real = np.arange(10) != 3
     keys = jax.random.split(jax.random.key(8), 20000)
-    small = jax.jit(jax.vmap(lambda key: summarize_importance_sample(k, v, key, **options)))(keys)
-    small = jax.tree.map(np.asarray, small)
-    numerator = np.exp(small.k @ np.asarray(q).T).swapaxes(1, 2) @ small.value_sum
-    whole = np.exp(q @ k.T) * np.asarray(real)
-    allowed = 5 * np.asarray(numerator.std(0)) / np.sqrt(20000)
-    assert np.all(np.abs(np.asarray(numerator.mean(0)) - whole @ np.asarray(v)) <= allowed)
+
+    @jax.jit
+    def samples(k, v):
+        options = {"sample_size": 4, "odds": odds, "kv_mask": jnp.asarray(real)}
+        return jax.vmap(lambda key: summarize_importance_sample(k, v, key, **options))(keys)
+
+    small = jax.tree.map(np.asarray, samples(k, v))
+    numerator = np.exp(small.k @ q.T).swapaxes(1, 2) @ small.value_sum
+    whole = np.exp(q @ k.T) * real
+    allowed = 5 * numerator.std(0) / np.sqrt(20000)
+    assert np.all(np.abs(numerator.mean(0) - whole @ v) <= allowed)
     np.testing.assert_allclose(small.mass.sum(1).mean(), 9, rtol=0.05)
-    one = summarize_importance_sample(*_soiled(k, v, real), keys[0], **options)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(small), strict=True):
-        np.testing.assert_allclose(a, b[0], rtol=1e-6)
-
-
-def _soiled(k, v, real):
-    return (jnp.asarray(np.where(real[:, None], x, np.float32(np.nan))) for x in (k, v))
+    soiled = samples(*(np.where(real[:, None], x, np.float32(np.nan)) for x in (k, v)))
+    for a, b in zip(jax.tree.leaves(soiled), jax.tree.leaves(small), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_a_drawn_sketch_needs_no_key():
     query, key, value = random_heads(19, 1, 8, 8, 2, 1)
     sketch = draw_sketch(jax.random.key(0), "gaussian", 4, 8)
     out = np.asarray(compiled(attention)(query, key, value, method="unreduced_jlt", sketch=sketch))
-    one = (jnp.asarray(np.asarray(x)[0, :, head]) for x, head in ((query, 1), (key, 0), (value, 0)))
+    one = (as_array(np.asarray(x)[0, :, head]) for x, head in ((query, 1), (key, 0), (value, 0)))
     np.testing.assert_allclose(out[0, :, 1], unreduced_jlt(*one, sketch=sketch), atol=1e-6)
     with pytest.raises(ValueError, match="is random: pass rng"):
         attention(query, key, value, method="unreduced_jlt")
