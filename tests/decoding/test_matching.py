@@ -11,7 +11,7 @@ from approx_attention import Decoder, attend, compress_cache, compress_tokens
 from approx_attention.core import summary_bytes
 from approx_attention.decoding import AttentionMatching, token_budget
 from approx_attention.methods import running_exact
-from tests.references import brute_force, compiled, random_head, relative_error
+from tests.references import as_array, brute_force, compiled, random_head, relative_error
 
 attend, compress_cache, compress_tokens = compiled(attend, compress_cache, compress_tokens)
 TOKENS, REFERENCES = 60, 12
@@ -22,10 +22,11 @@ EXACT = AttentionMatching(references=REFERENCES, ridge=0.0)
 
 def test_reference_queries_get_the_outputs_they_had():
     asked = Q[-REFERENCES:]
+    k, v = np.asarray(K), np.asarray(V)
     small = compress_tokens(K, V, queries=asked, policy=EXACT, **OPTIONS)
     assert small.k.shape == (30, 6)
-    np.testing.assert_array_equal(small.k[:9], jnp.concatenate([K[:3], K[-6:]]))
-    np.testing.assert_array_equal(small.value_sum[:9], jnp.concatenate([V[:3], V[-6:]]))
+    np.testing.assert_array_equal(small.k[:9], np.concatenate([k[:3], k[-6:]]))
+    np.testing.assert_array_equal(small.value_sum[:9], np.concatenate([v[:3], v[-6:]]))
     assert (np.asarray(small.mass) >= 0).all()
     out, lse = brute_force(asked, K, V, scale=1.0)
     state = attend(asked, small)
@@ -33,7 +34,7 @@ def test_reference_queries_get_the_outputs_they_had():
     # With as many masses as queries the normalisers match too, although masses are not negative.
     np.testing.assert_allclose(state.lse, lse, atol=0.05)
     # The kept keys are tokens of the cache.
-    assert np.abs(np.asarray(small.k)[:, None] - np.asarray(K)[None]).sum(-1).min(1).max() < 1e-6
+    assert np.abs(np.asarray(small.k)[:, None] - k[None]).sum(-1).min(1).max() < 1e-6
 
 
 def test_queries_like_the_references_err_less_than_by_what_attention_keeps_alone():
@@ -48,9 +49,8 @@ def test_queries_like_the_references_err_less_than_by_what_attention_keeps_alone
 
 
 def test_padding_changes_nothing_and_a_traced_size_keeps_the_best():
-    kv_mask = jnp.arange(TOKENS) < 44
-    soiled = (jnp.where(kv_mask[:, None], x, jnp.nan) for x in (K, V, Q))
-    k, v, q = soiled
+    kv_mask = jax.device_put(np.arange(TOKENS) < 44)
+    k, v, q = (as_array(np.where(np.asarray(kv_mask)[:, None], x, np.nan)) for x in (K, V, Q))
     padded = compress_tokens(k, v, queries=q, kv_mask=kv_mask, policy="attention_matching", **OPTIONS)
     alone = compress_tokens(K[:44], V[:44], queries=Q[:44], policy="attention_matching", **OPTIONS)
     assert np.isfinite(padded.mass).all()
@@ -66,14 +66,21 @@ def test_padding_changes_nothing_and_a_traced_size_keeps_the_best():
 
 def test_heads_are_mapped_and_values_have_gradients():
     heads = [random_head(seed, TOKENS, TOKENS, 6, 3) for seed in (61, 62)]
-    q, k, v = (jnp.stack(x) for x in zip(*heads, strict=True))
     made = functools.partial(compress_tokens, policy="attention_matching", **OPTIONS)
-    mapped = jax.jit(jax.vmap(lambda q, k, v: made(k, v, queries=q)))(q, k, v)
-    alone = made(k[1], v[1], queries=q[1])
-    np.testing.assert_allclose(mapped.value_sum[1], alone.value_sum, atol=2e-3)
-    np.testing.assert_allclose(mapped.mass[1], alone.mass, rtol=1e-3, atol=1e-3)
-    gradients = jax.jit(jax.grad(lambda k, v: jnp.sum(made(k, v, queries=q[0]).value_sum ** 2), (0, 1)))(k[0], v[0])
-    assert all(np.isfinite(x).all() and float(jnp.abs(x).max()) > 0 for x in gradients)
+
+    def squares(k, v, q):
+        small = made(k, v, queries=q)
+        return jnp.sum(small.value_sum**2), small
+
+    q, k, v = (np.stack(x) for x in zip(*heads, strict=True))
+    gradients, mapped = jax.jit(jax.vmap(jax.grad(squares, (0, 1), has_aux=True)))(k, v, q)
+    q, k, v = heads[1]
+    alone = made(k, v, queries=q)
+    np.testing.assert_allclose(np.asarray(mapped.value_sum)[1], alone.value_sum, atol=2e-3)
+    np.testing.assert_allclose(np.asarray(mapped.mass)[1], alone.mass, rtol=1e-3, atol=1e-3)
+    for x in map(np.asarray, gradients):
+        assert np.isfinite(x).all()
+        assert (np.abs(x).max((1, 2)) > 0).all()
 
 
 def test_heuristics_keep_their_rows_with_fitted_masses():

@@ -27,22 +27,32 @@ def decoder_of(bits, max_length=48):
 
 @pytest.fixture(scope="module")
 def head():
+    return tokens()
+
+
+@functools.cache
+def tokens():
     # Each slice of a JAX array would be a program.
     return [np.asarray(x) for x in random_head(50, LENGTH, LENGTH, 16, 6, spread=0.5)]
 
 
-@pytest.fixture(scope="module", params=[8, 4])
-def decoded(request, head):
+@pytest.fixture(params=[8, 4])
+def decoded(request):
+    return decoded_with(request.param)
+
+
+@functools.cache  # not a fixture of the module, which would be made outside of a test and trace all forms
+def decoded_with(bits):
     """Outputs of a quantised decoder, of a prompt and then one by one, and its cache."""
-    q, k, v = head
-    decoder = decoder_of(request.param)
+    q, k, v = tokens()
+    decoder = decoder_of(bits)
     out, cache = jax.jit(lambda *tokens: decoder.prefill(decoder.init(), *tokens))(q[:21], k[:21], v[:21])
     step = jax.jit(lambda cache, q, k, v: (new := decoder.append(cache, k, v), decoder.attend(new, q)))
     outs = [out]
     for i in range(21, LENGTH):
         cache, out = step(cache, q[i : i + 1], k[i : i + 1], v[i : i + 1])
         outs.append(out)
-    return request.param, np.concatenate(outs), cache
+    return bits, np.concatenate(outs), cache
 
 
 def test_older_tokens_are_rounded_once_and_recent_ones_not_at_all(decoded, head):
@@ -97,12 +107,15 @@ def test_prefixes_are_the_same_made_at_once(head):
 def test_heads_of_sequences_of_their_own_length():
     query, key, value = random_heads(51, 2, 30, 30, 2, 1, 16)
     decoder = HeadsDecoder("exact", num_kv_heads=1, head_dim=16, max_length=30, block_size=BLOCK, cache_bits=8)
-    cache, lengths = decoder.init(2, ragged=True), jnp.array([30, 19])
+    query, key, value = map(np.asarray, (query, key, value))
+    cache, lengths = jax.jit(lambda: decoder.init(2, ragged=True))(), np.array([30, 19], np.int32)
     # NaN after the last token of the shorter sequence.
-    late = jnp.arange(30)[None, :, None, None] >= lengths[:, None, None, None]
+    late = np.arange(30)[None, :, None, None] >= lengths[:, None, None, None]
     exported = jax.export.export(jax.jit(decoder.extend))(cache, query, key, value, lengths)
-    out, new = exported.call(cache, *(jnp.where(late, jnp.nan, x) for x in (query, key, value)), lengths)
+    soiled = (np.where(late, np.float32(np.nan), x) for x in (query, key, value))
+    out, new = exported.call(cache, *soiled, lengths)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+    out = np.asarray(out)
     for i, length in enumerate(lengths.tolist()):
         for head in range(2):
             expected, _ = brute_force(query[i, :, head], key[i, :, 0], value[i, :, 0], mask=np.tri(30, dtype=bool))

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from approx_attention import METHODS, attend, attention, distributed, fold_scale, merge
 from tests.cases import CASES
 from tests.programs import equations
-from tests.references import compiled, random_heads
+from tests.references import as_array, compiled, random_heads
 
 pytestmark = pytest.mark.all_forms
 
@@ -40,6 +40,12 @@ def sharded(query, key, value, devices, **options):
     return distributed.attention(query, key, value, mesh=mesh_of(devices), axis="sequence", **options)
 
 
+def over_devices(name, is_causal, devices=8, **more):
+    """A call without jit, which is one program too: all tests of the same call share it."""
+    options = {**options_of(name, is_causal), **more}
+    return functools.partial(distributed.attention, mesh=mesh_of(devices), axis="sequence", **options)
+
+
 @functools.cache
 def tensors():
     return random_heads(0, 2, LENGTH, LENGTH, 4, 2)
@@ -47,8 +53,8 @@ def tensors():
 
 def with_padding(x):
     """The tensor with NaN where the second sequence has no token."""
-    real = jnp.arange(LENGTH)[None, :] < LENGTHS[:, None]
-    return jnp.where(real[..., None, None], x, jnp.nan)
+    real = np.arange(LENGTH) < np.asarray(LENGTHS)[:, None]
+    return as_array(np.where(real[..., None, None], x, np.nan))
 
 
 def options_of(name, is_causal):
@@ -64,9 +70,9 @@ def on_one_device(name, is_causal):
 
 
 def test_keys_in_float64_are_not_rounded_for_values_in_float32(x64):
-    query, key, value = (np.asarray(x) for x in tensors())
+    query, key, value = (np.asarray(x, np.float64) for x in tensors())
     # Logits that float32 would round by more than the tolerance.
-    wide = jnp.asarray(query, jnp.float64) * 200, jnp.asarray(key, jnp.float64) + 3, jnp.asarray(value)
+    wide = as_array(query * 200.0, np.float64), as_array(key + 3.0, np.float64), as_array(value)
     out = distributed.attention(*wide, mesh=mesh_of(2), axis="sequence", method="exact")
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, attention(*wide, method="exact"), atol=1e-6)
@@ -99,7 +105,7 @@ def test_a_method_without_a_summary_names_those_that_have_one(name, is_causal):
 )
 def test_devices_do_not_matter(name, is_causal, devices):
     query, key, value = tensors()
-    out = sharded(query, with_padding(key), with_padding(value), devices, **options_of(name, is_causal))
+    out = over_devices(name, is_causal, devices)(query, with_padding(key), with_padding(value))
     np.testing.assert_allclose(out, on_one_device(name, is_causal)(query, key, value), atol=1e-4, rtol=1e-4)
 
 
@@ -148,23 +154,31 @@ def test_draws_are_those_that_each_device_makes_of_its_part():
 def test_tokens_are_those_that_each_device_keeps_of_its_part():
     query, key, value = random_heads(1, 1, 64, 64, 1, 1)
     out = sharded.__wrapped__(query, key, value, 4, method="mean_pool", num_landmarks=16)
-    q, k = fold_scale(query[0, :, 0], key[0, :, 0])
     summarize = METHODS["mean_pool"].summarize
     assert summarize is not None
-    parts = [summarize(k[i : i + 16], value[0, i : i + 16, 0], num_landmarks=4) for i in range(0, 64, 16)]
-    whole = functools.reduce(merge, parts)
-    np.testing.assert_allclose(out[0, :, 0], attend(q, whole).out, atol=1e-5)
+
+    @jax.jit
+    def by_parts(q, k, v):
+        q, k = fold_scale(q, k)
+        parts = [summarize(k[i : i + 16], v[i : i + 16], num_landmarks=4) for i in range(0, 64, 16)]
+        return attend(q, functools.reduce(merge, parts)).out
+
+    expected = by_parts(*(np.asarray(x)[0, :, 0] for x in (query, key, value)))
+    np.testing.assert_allclose(np.asarray(out)[0, :, 0], expected, atol=1e-5)
 
 
 def test_no_later_token_matters_across_devices():
     query, key, value = random_heads(2, 1, 64, 64, 2, 1)
+    later_key, later_value = np.array(key), np.array(value)
+    later_key[:, 37:] += 3
+    later_value[:, 37:] = 7
+    others = as_array(later_key), as_array(later_value)
     for name in ("exact", "favor", "coreset"):
         call = functools.partial(
             sharded, devices=4, method=name, is_causal=True,
             **{**SETTINGS[name], **({"coreset_size": 8} if name == "coreset" else {})},
         )  # fmt: skip
-        out = call(query, key, value)
-        later = call(query, key.at[:, 37:].add(3.0), value.at[:, 37:].set(7.0))
+        out, later = np.asarray(call(query, key, value)), np.asarray(call(query, *others))
         np.testing.assert_allclose(later[:, :37], out[:, :37], atol=1e-5)
         assert np.abs(later[:, 37:] - out[:, 37:]).max() > 1e-2
 

@@ -1,5 +1,7 @@
 """Features of Flax that need an option here: causal masks, dropout of weights, and models without layers."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,14 @@ def as_causal(method, adapter=ours, **options):
     return ours_linen.ApproxAttention(method, options, causal_mask="as_is_causal")
 
 
+@functools.cache
+def exact(adapter):
+    """Exact attention with the opt-in, and the same compiled: there a mask cannot be looked at."""
+    fn = as_causal("exact", adapter)
+    call = fn if adapter is ours else lambda *heads, mask: fn.apply({}, *heads, mask=mask)
+    return call, jax.jit(lambda *heads, mask: call(*heads, mask=mask))
+
+
 # 1. causal masks
 
 
@@ -53,12 +63,11 @@ def as_causal(method, adapter=ours, **options):
 @pytest.mark.parametrize("traced", [False, True], ids=["looked at", "traced"])
 def test_a_causal_mask_is_causality_and_padding(padding, traced):
     real, heads = REAL[padding], random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
-    of_mask, fn = ours.ApproxAttention("exact"), as_causal("exact")
-    call = nnx.jit(lambda fn, mask: fn(*heads, mask=mask)) if traced else (lambda fn, mask: fn(*heads, mask=mask))
+    of_mask, call = ours.ApproxAttention("exact"), exact(ours)[traced]
     for mask in masks(real):
         expected = of_mask(*heads, mask=mask)
         sees = np.asarray(mask > 0)[:, 0].any(-1) & real
-        np.testing.assert_allclose(np.asarray(call(fn, mask))[sees], np.asarray(expected)[sees], atol=1e-5)
+        np.testing.assert_allclose(np.asarray(call(*heads, mask=mask))[sees], np.asarray(expected)[sees], atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["favor", "mean_pool", "local"])
@@ -107,12 +116,10 @@ def test_layers_of_both_kinds_take_causal_masks():
 
 def test_causal_masks_without_batch_axes():
     query, key, value = (x[0] for x in random_heads(0, 1, LENGTH, LENGTH, HEADS, HEADS))
-    fn = as_causal("exact")
-    expected = fn(query, key, value, is_causal=True)
+    expected = as_causal("exact")(query, key, value, is_causal=True)
     for mask in (CAUSAL, CAUSAL[None], np.broadcast_to(CAUSAL, (HEADS, LENGTH, LENGTH))):
-        np.testing.assert_allclose(fn(query, key, value, mask=jnp.asarray(mask)), expected, atol=1e-6)
-        traced = nnx.jit(lambda fn, mask: fn(query, key, value, mask=mask))(fn, jnp.asarray(mask))
-        np.testing.assert_allclose(traced, expected, atol=1e-6)
+        for call in exact(ours):
+            np.testing.assert_allclose(call(query, key, value, mask=jnp.asarray(mask)), expected, atol=1e-6)
 
 
 def test_padding_stays_padding_with_the_opt_in():
@@ -152,12 +159,10 @@ def test_a_method_that_follows_every_mask_keeps_one_that_is_not_causal(name, ada
     mask = jnp.asarray(OTHER_MASKS[name], bool)
     mask = mask if mask.ndim == 4 else mask[None, None]
     heads = random_heads(0, 3, LENGTH, mask.shape[-1], HEADS, HEADS)
-    fn = as_causal("exact", adapter)
-    call = fn if adapter is ours else lambda *heads, mask: fn.apply({}, *heads, mask=mask)
     expected = np.asarray(ours.ApproxAttention("exact")(*heads, mask=mask))
     sees = np.broadcast_to(np.asarray(mask).any(-1)[:, 0], expected.shape[:2])
-    for out in (call(*heads, mask=mask), jax.jit(lambda mask: call(*heads, mask=mask))(mask)):
-        np.testing.assert_allclose(np.asarray(out)[sees], expected[sees], atol=1e-5)
+    for call in exact(adapter):
+        np.testing.assert_allclose(np.asarray(call(*heads, mask=mask))[sees], expected[sees], atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", REAL)
@@ -253,7 +258,7 @@ def test_layers_of_both_kinds_drop():
     rngs = nnx.Rngs(dropout=1)
     one, other = layer(x, rngs=rngs), layer(x, rngs=rngs)
     assert np.abs(one - other).max() > 1e-3
-    gradient = nnx.grad(lambda layer: jnp.sum(layer(x, rngs=nnx.Rngs(dropout=1)) ** 2))(layer)
+    gradient = nnx.jit(nnx.grad(lambda layer: jnp.sum(layer(x, rngs=nnx.Rngs(dropout=1)) ** 2)))(layer)
     assert np.isfinite(gradient["value"]["kernel"][...]).all()
     layer.eval()
     np.testing.assert_array_equal(layer(x), layer(x))
@@ -274,11 +279,16 @@ def test_layers_of_both_kinds_drop():
 
 def test_dropout_in_a_cache_and_on_a_stack():
     fn = ours.ApproxAttention("mean_pool", num_landmarks=4, dropout="output", is_causal=True)
-    fn.init_cache(3, HEADS, 8)
     heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
-    out = fn(*heads, dropout_rng=jax.random.key(0), dropout_rate=0.5, deterministic=False)
-    assert 0.2 < (np.asarray(out) == 0).mean() < 0.8
 
+    @nnx.jit
+    def prompt(fn):
+        fn.init_cache(3, HEADS, 8)
+        return fn(*heads, dropout_rng=jax.random.key(0), dropout_rate=0.5, deterministic=False)
+
+    assert 0.2 < (np.asarray(prompt(fn)) == 0).mean() < 0.8
+
+    @nnx.jit
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs):
@@ -286,8 +296,8 @@ def test_dropout_in_a_cache_and_on_a_stack():
 
     layers = stack(nnx.Rngs(0))
     ours.replace_attention(layers, "favor", num_features=8, dropout="output", rngs=nnx.Rngs(1))
-    run = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-    assert np.abs(run(layers, tokens()) - run(layers, tokens())).max() > 1e-3
+    run = nnx.jit(nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry))
+    assert np.abs(np.asarray(run(layers, tokens())) - np.asarray(run(layers, tokens()))).max() > 1e-3
 
 
 @pytest.mark.parametrize("adapter", [ours, ours_linen], ids=["nnx", "linen"])
@@ -308,7 +318,7 @@ def test_the_errors_of_dropout(adapter):
 def test_a_call_that_fails_draws_and_keeps_nothing():
     heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
     fn = ours.ApproxAttention("favor", num_features=8, redraw="every_call", is_causal=True, rngs=nnx.Rngs(0))
-    fn.init_cache(3, HEADS, 8)
+    nnx.jit(lambda fn: fn.init_cache(3, HEADS, 8))(fn)
     with pytest.raises(NotImplementedError, match="dropout"):
         fn(*heads, dropout_rate=0.1, deterministic=False)
     assert int(fn.num_seen) == 0
@@ -449,4 +459,4 @@ def test_layers_with_the_cache_of_flax_are_refused_by_name():
     with pytest.raises(ValueError, match="layer '' has decode=True.*set decode=False"):
         ours.init_cache(model, 3)
     model.decode = False
-    assert ours.init_cache(model, 3) > 0
+    assert nnx.jit(lambda model: ours.init_cache(model, 3))(model) > 0

@@ -35,12 +35,13 @@ def both_linen(kind=nn.MultiHeadDotProductAttention, is_causal=False, **options)
 
 
 @nnx.jit(static_argnames=("is_causal",))
-def call(layer, *inputs, mask=None, is_causal=False):
-    return layer(*inputs, mask=mask, is_causal=is_causal)
+def call(layers, *inputs, mask=None, is_causal=False):
+    """The outputs of all layers, as one program."""
+    return [layer(*inputs, mask=mask, is_causal=is_causal) for layer in layers]
 
 
 def assert_same(layers, *inputs, atol=1e-5, **options):
-    expected, out = (call(layer, *inputs, **options) for layer in layers)
+    expected, out = call(layers, *inputs, **options)
     assert (out.dtype, out.shape) == (expected.dtype, expected.shape)
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=atol)
     return out
@@ -59,7 +60,7 @@ def _initial(module, kinds, options):
 
 def assert_same_linen(modules, *inputs, variables=None, atol=1e-5, **options):
     variables = initial(modules[0], *inputs) if variables is None else variables
-    expected, out = (jax.jit(lambda v, m=m: m.apply(v, *inputs, **options))(variables) for m in modules)
+    expected, out = jax.jit(lambda v: [m.apply(v, *inputs, **options) for m in modules])(variables)
     assert (out.dtype, out.shape) == (expected.dtype, expected.shape)
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=atol)
     return out
@@ -119,7 +120,7 @@ def test_types_of_computation_parameters_and_inputs(dtype, param_dtype, inputs, 
     layers = both_nnx(dtype=dtype, param_dtype=param_dtype)
     x = normal(2, LENGTH, DIM, dtype=inputs)
     if expected == jnp.float16:  # the function of JAX that Flax calls then does not run on CPUs
-        out = call(layers[1], x)
+        (out,) = call(layers[1:], x)
     else:
         out = assert_same(layers, x, atol=1e-5 if expected == jnp.float32 else 0.05)
     assert out.dtype == expected
@@ -139,8 +140,7 @@ def test_queries_keys_and_values_of_different_types_are_promoted():
 # 2. nnx: masks
 
 
-def real_tokens():
-    return jnp.arange(LENGTH)[None] < jnp.array([LENGTH, 4])[:, None]
+REAL = np.arange(LENGTH) < np.array([[LENGTH], [4]])
 
 
 MASKS = {
@@ -155,27 +155,32 @@ MASKS = {
 }  # fmt: skip
 
 
+@functools.cache
+def masks():
+    """All masks, made by one program."""
+    return jax.jit(lambda real: {name: make(real) for name, make in MASKS.items()})(REAL)
+
+
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "and is_causal"])
 def test_masks_of_flax(name, causal):
-    x, real = normal(2, LENGTH, DIM), real_tokens()
-    layers, mask = both_nnx(), MASKS[name](real)
-    expected, out = (np.asarray(call(layer, x, mask=mask, is_causal=causal)) for layer in layers)
+    outs = call(both_nnx(), normal(2, LENGTH, DIM), mask=masks()[name], is_causal=causal)
+    expected, out = map(np.asarray, outs)
     # A query that sees nothing gets the mean of all values from JAX, and 0 here.
-    np.testing.assert_allclose(out[real], expected[real], atol=1e-5)
+    np.testing.assert_allclose(out[REAL], expected[REAL], atol=1e-5)
 
 
 def test_masks_with_several_batch_axes():
     x = normal(2, 3, LENGTH, DIM)
-    layers, mask = both_nnx(), jnp.tril(jnp.ones((2, 3, 1, LENGTH, LENGTH)))
-    out = call(layers[1], x, mask=mask)
-    np.testing.assert_allclose(out, call(layers[1], x, is_causal=True), atol=1e-5)
-    np.testing.assert_allclose(out, call(layers[0], x, is_causal=True), atol=1e-5)
+    layers, mask = both_nnx(), np.tril(np.ones((2, 3, 1, LENGTH, LENGTH), np.float32))
+    (out,) = call(layers[1:], x, mask=mask)
+    for expected in call(layers, x, is_causal=True):
+        np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_masks_without_batch_axes():
     layers, x = both_nnx(), normal(LENGTH, DIM)
-    assert_same(layers, x, mask=nnx.make_causal_mask(x[:, 0]))
+    assert_same(layers, x, mask=nnx.make_causal_mask(np.ones(LENGTH, np.float32)))
 
 
 # 3. nnx: decoding, dropout, weights
@@ -185,14 +190,13 @@ def test_masks_without_batch_axes():
 @pytest.mark.parametrize("batch", [(2,), (2, 3)], ids=str)
 def test_decoding_with_flaxs_cache(num_kv_heads, batch):
     theirs, mine = both_nnx(num_kv_heads=num_kv_heads)
-    x = normal(*batch, LENGTH, DIM)
-    whole = call(mine, x, is_causal=True)
+    x = np.asarray(normal(*batch, LENGTH, DIM))
+    (whole,) = call((mine,), x, is_causal=True)
     for layer in (theirs, mine):
         layer.decode = True
         layer.init_cache(x.shape)
-    step = nnx.jit(lambda layer, x: layer(x))
-    outs = [[step(layer, x[..., t : t + 1, :]) for t in range(LENGTH)] for layer in (theirs, mine)]
-    theirs_out, mine_out = (jnp.concatenate(steps, axis=-2) for steps in outs)
+    outs = [call((theirs, mine), x[..., t : t + 1, :]) for t in range(LENGTH)]
+    theirs_out, mine_out = (np.concatenate(steps, axis=-2) for steps in zip(*outs, strict=True))
     np.testing.assert_allclose(mine_out, theirs_out, atol=1e-5)
     np.testing.assert_allclose(mine_out, whole, atol=1e-5)
     assert int(mine.cache_index[...]) == LENGTH
@@ -201,12 +205,12 @@ def test_decoding_with_flaxs_cache(num_kv_heads, batch):
 def test_decoding_with_flaxs_cache_and_is_causal():
     """In Flax 0.12.8 such a step sees the first key only."""
     _, mine = both_nnx()
-    x = normal(2, LENGTH, DIM)
-    whole = call(mine, x, is_causal=True)
+    x = np.asarray(normal(2, LENGTH, DIM))
+    (whole,) = call((mine,), x, is_causal=True)
     mine.decode = True
     mine.init_cache(x.shape)
-    outs = [mine(x[:, t : t + 1], is_causal=True) for t in range(LENGTH)]
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+    outs = [call((mine,), x[:, t : t + 1], is_causal=True)[0] for t in range(LENGTH)]
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, atol=1e-5)
 
 
 def test_flaxs_cache_says_what_it_lacks():
@@ -268,8 +272,9 @@ def test_there_are_no_weights_to_sow():
 
 def test_gradients_of_parameters_and_inputs():
     layers, x = both_nnx(num_kv_heads=2), normal(2, LENGTH, DIM)
-    gradient = nnx.jit(nnx.grad(lambda layer, x: jnp.sum(layer(x, is_causal=True) ** 2), argnums=(0, 1)))
-    (theirs, x_theirs), (mine, x_mine) = (gradient(layer, x) for layer in layers)
+    gradient = nnx.grad(lambda layer, x: jnp.sum(layer(x, is_causal=True) ** 2), argnums=(0, 1))
+    found = nnx.jit(lambda layers, x: [gradient(layer, x) for layer in layers])(layers, x)
+    (theirs, x_theirs), (mine, x_mine) = found
     np.testing.assert_allclose(x_mine, x_theirs, atol=1e-4)
     mine, theirs = (nnx.to_pure_dict(state) for state in (mine, theirs))
     for part in theirs:
@@ -313,11 +318,10 @@ def test_linen_sizes_types_and_options(options):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_linen_masks(name):
-    x, real = normal(2, LENGTH, DIM), real_tokens()
-    modules, mask = both_linen(), MASKS[name](real)
+    x, modules, mask = normal(2, LENGTH, DIM), both_linen(), masks()[name]
     variables = initial(modules[0], x)
     expected, out = (np.asarray(m.apply(variables, x, mask=mask)) for m in modules)
-    np.testing.assert_allclose(out[real], expected[real], atol=1e-5)
+    np.testing.assert_allclose(out[REAL], expected[REAL], atol=1e-5)
 
 
 def test_linen_causality_is_a_field():
@@ -334,20 +338,23 @@ def test_linen_decoding_with_its_cache(batch, is_causal):
     x = normal(*batch, LENGTH, DIM)
     modules = both_linen(decode=True, is_causal=is_causal)
     whole = both_linen()[0]
+    variables = [initial(module, x) for module in modules]
+    params, caches = variables[1]["params"], [each["cache"] for each in variables]
+
+    @jax.jit
+    def step(params, caches, x):
+        both = zip(modules, caches, strict=True)
+        return [m.apply({"params": params, "cache": cache}, x, mutable=["cache"]) for m, cache in both]
+
     outs = []
-    for module in modules:
-        variables = initial(module, x)
-        cache, params = variables["cache"], variables["params"]
-        step = jax.jit(lambda c, x, m=module, p=params: m.apply({"params": p, "cache": c}, x, mutable=["cache"]))
-        steps = []
-        for t in range(LENGTH):
-            out, changed = step(cache, x[..., t : t + 1, :])
-            cache = changed["cache"]
-            steps.append(out)
-        outs.append(jnp.concatenate(steps, axis=-2))
-    np.testing.assert_allclose(outs[1], outs[0], atol=1e-5)
-    expected = whole.apply({"params": params}, x, mask=nn.make_causal_mask(x[..., 0]))
-    np.testing.assert_allclose(outs[1], expected, atol=1e-5)
+    for t in range(LENGTH):
+        out, changed = zip(*step(params, caches, np.asarray(x)[..., t : t + 1, :]), strict=True)
+        caches = [each["cache"] for each in changed]
+        outs.append(out)
+    theirs, mine = (np.concatenate(steps, axis=-2) for steps in zip(*outs, strict=True))
+    np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    expected = jax.jit(lambda p, x: whole.apply({"params": p}, x, mask=nn.make_causal_mask(x[..., 0])))(params, x)
+    np.testing.assert_allclose(mine, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("in_call", [False, True])
@@ -366,7 +373,7 @@ def test_linen_dropout_takes_a_key_in_the_call():
     fn = ours_linen.ApproxAttention("exact", dropout="output")
     module = nn.MultiHeadDotProductAttention(HEADS, dropout_rate=0.5, deterministic=False, attention_fn=fn)
     x = normal(2, LENGTH, DIM)
-    variables = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    variables = jax.jit(module.init)({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
     one, same, other = (module.apply(variables, x, dropout_rng=jax.random.PRNGKey(i)) for i in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 1e-3
@@ -388,7 +395,8 @@ def test_linen_einsums_of_weights_have_no_meaning():
 def test_linen_gradients():
     modules, x = both_linen(), normal(2, LENGTH, DIM)
     variables = initial(modules[0], x)
-    theirs, mine = (jax.jit(jax.grad(lambda v, m=m: jnp.sum(m.apply(v, x) ** 2)))(variables) for m in modules)
+    gradients = [jax.grad(lambda v, m=m: jnp.sum(m.apply(v, x) ** 2)) for m in modules]
+    theirs, mine = jax.jit(lambda v: [gradient(v) for gradient in gradients])(variables)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), mine, theirs)
 
 
@@ -401,6 +409,6 @@ def test_nnx_and_linen_agree():
         part: {"kernel": getattr(layer, part).kernel[...], "bias": getattr(layer, part).bias[...]}
         for part in ("query", "key", "value", "out")
     }
-    mask = nn.make_attention_mask(jnp.ones((2, 1)), real_tokens())
+    mask = masks()["padding"]
     twin = both_linen()[1].apply({"params": params}, x, mask=mask)
     np.testing.assert_allclose(twin, layer(x, mask=mask), atol=1e-6)

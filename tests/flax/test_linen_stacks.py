@@ -45,16 +45,22 @@ def block_alone(variables, x, learned):
 @pytest.mark.parametrize("lift", LIFTS)
 def test_linen_lifts_draw_for_each_layer(lift, learned):
     model, x = LIFTS[lift](Block)(learned=learned), tokens()
-    variables = jax.jit(model.init)({"params": jax.random.key(0), "attention": jax.random.key(1)}, x, None)
+
+    @jax.jit
+    def initial_and_trained(rngs):
+        variables = model.init(rngs, x, None)
+
+        def squares(params):
+            out, _ = model.apply({**variables, "params": params}, x, None)
+            return jnp.sum(out**2), out
+
+        return variables, *jax.grad(squares, has_aux=True)(variables["params"])
+
+    rngs = {"params": jax.random.key(0), "attention": jax.random.key(1)}
+    variables, gradient, out = initial_and_trained(rngs)
     (key,) = jax.tree.leaves(variables["draws"])
     assert key.shape == (3, 2)
     assert len(np.unique(np.asarray(key), axis=0)) == 3
-
-    def squares(params):
-        out, _ = model.apply({**variables, "params": params}, x, None)
-        return jnp.sum(out**2), out
-
-    gradient, out = jax.jit(jax.grad(squares, has_aux=True))(variables["params"])
     expected = [x]
     for i in range(3):
         layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], variables)
@@ -94,7 +100,7 @@ def test_linen_lifts_that_split_or_keep_too_little():
     x, rngs = tokens(), {"params": jax.random.key(0), "attention": jax.random.key(1)}
     model = nn.scan(Block, variable_axes={"params": 0}, split_rngs=SPLIT, length=3)()
     with pytest.raises(ValueError, match=r"'draws' from init; in nn.scan and nn.vmap give variable_axes=.*'draws': 0"):
-        model.init(rngs, x, None)
+        jax.eval_shape(model.init, rngs, x, None)
     model = nn.scan(Block, variable_axes=AXES, split_rngs={"params": True}, length=3)("every_call")
     variables = jax.eval_shape(model.init, rngs, x, None)
     with pytest.raises(ValueError, match=r"needs the stream 'attention'.*give split_rngs=.*'attention': True"):

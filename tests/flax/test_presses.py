@@ -59,20 +59,26 @@ def test_a_press_is_compress_cache_of_every_head_and_decoding_goes_on():
     assert layer.last_queries() is None
     cache = layer._cached()[0]
     past = jax.tree.map(np.asarray, cache.heads.past)
-    outs = np.concatenate([read(layer, PROMPT, PROMPT + 1), read(layer, PROMPT + 1, PROMPT + LATER)], axis=1)
+    outs = np.concatenate([read(layer, t, t + 1) for t in range(PROMPT, PROMPT + LATER)], axis=1)
     scaled = np.asarray(jax.jit(fold_scale)(QUERY, KEY)[0])
-    by_hand = jax.jit(functools.partial(compress_cache, budget=12, coreset_size=8, **options))
+    sizes = {"budget": 12, "coreset_size": 8}
+    by_hand = jax.jit(functools.partial(compress_cache, **sizes, **options))
+
+    @jax.jit
+    def decoding_on(folding, small, *later):
+        running = running_compressed(HEAD_DIM, folding, bits=8, **sizes)
+        decoder = Decoder(running=running, head_dim=HEAD_DIM, value_dim=HEAD_DIM, block_size=BLOCK)
+        return decoder.prefill(small, *later)[0]
+
     for place in ((0, 0), (1, 1)):
         batch, head = place
         group = slice(2 * head, 2 * head + 2)
         own = _of_head(heads._replace(length=None), place)._replace(length=np.int32(PROMPT))
         small = by_hand(own, queries=scaled[batch, PROMPT - 16 : PROMPT, group])
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), _of_head(past, place), small.past)
-        sizes = {"budget": 12, "coreset_size": 8, "bits": 8}
-        running = running_compressed(HEAD_DIM, cache.drawn["folding"][head], **sizes)
-        decoder = Decoder(running=running, head_dim=HEAD_DIM, value_dim=HEAD_DIM, block_size=BLOCK)
         later = (x[batch, PROMPT:, i] for x, i in ((QUERY, 2 * head), (KEY, head), (VALUE, head)))
-        np.testing.assert_allclose(outs[batch, :, 2 * head], jax.jit(decoder.prefill)(small, *later)[0], atol=1e-5)
+        expected = decoding_on(cache.drawn["folding"][head], small, *later)
+        np.testing.assert_allclose(outs[batch, :, 2 * head], expected, atol=1e-5)
 
 
 def _of_head(cache, place):
@@ -131,8 +137,13 @@ def test_layers_and_heads_have_budgets():
 def test_layers_are_counted_by_their_numbers():
     model = nnx.Dict(layer_10=stack_of(), layer_2=stack_of())
     ours.replace_attention(model, "exact", is_causal=True)
-    ours.init_cache(model, 1, max_length=8, block_size=4)
-    compress_caches(model, RNG, budget=[6, 8], policy="streaming_llm", coreset_size=4)
+
+    @nnx.jit
+    def start_and_compress(model):
+        ours.init_cache(model, 1, max_length=8, block_size=4)
+        compress_caches(model, RNG, budget=[6, 8], policy="streaming_llm", coreset_size=4)
+
+    start_and_compress(model)
     rows = {name: model[name].attention_fn._cached()[0].heads.past.prefix.fixed.mass.shape[-1] for name in model}
     assert rows == {"layer_2": 6, "layer_10": 8}
 
@@ -149,7 +160,7 @@ def test_a_second_pass_of_a_copy_ranks_the_keys():
     again = nnx.clone(model)
     run(again, x[:, ::-1])
     by_hand, queries = nnx.clone(model), nnx.jit(nnx.vmap(ApproxAttention.last_queries))(again.attention_fn)
-    compress_caches(model, RNG, queries_of=[again], **options)
+    nnx.jit(lambda model, again: compress_caches(model, RNG, queries_of=[again], **options))(model, again)
     np.testing.assert_array_equal(model.attention_fn.num_seen, [20] * 3)
     for i in range(3):
         single = alone(by_hand, i)
