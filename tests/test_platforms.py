@@ -66,9 +66,24 @@ def test_every_gradient_is_exported_for_all_platforms_in_one(name):
     assert exported_for_all(function)(*arguments).platforms == PLATFORMS
 
 
+def texts(traced_anew, monkeypatch, platforms, function, arguments):
+    """A program as text for each platform, as traced and lowered in a process on a GPU and in one on a CPU."""
+    for backend in ("gpu", "cpu"):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            traced_anew()
+            traced = function.trace(*arguments)
+            yield [traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms]
+
+
 @few_methods
-def test_what_is_exported_for_all_platforms_computes_the_same(name):
+def test_a_program_is_the_same_wherever_it_is_lowered_and_computes_the_same_when_exported(
+    traced_anew, monkeypatch, name
+):
     function, arguments = program(name, outputs=True)
+    on_gpu, on_cpu = texts(traced_anew, monkeypatch, ("cuda", "cpu"), function, arguments)
+    assert on_gpu == on_cpu
+    # The last trace, which takes longest, serves the export and the direct call.
     exported = exported_for_all(function)(*arguments)
     assert exported.platforms == PLATFORMS
     again = jax.export.deserialize(exported.serialize())
@@ -77,24 +92,8 @@ def test_what_is_exported_for_all_platforms_computes_the_same(name):
         np.testing.assert_allclose(ours, direct, atol=2e-6, rtol=1e-5)
 
 
-def texts(traced_anew, monkeypatch, platforms, make):
-    """A program as text for each platform, as traced and lowered in a process on a CPU and in one on a GPU."""
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        traced_anew()
-        function, arguments = make()
-        traced = function.trace(*arguments)
-        yield [traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms]
-
-
-@few_methods
-def test_a_program_is_the_same_wherever_it_is_lowered(traced_anew, monkeypatch, name):
-    on_cpu, on_gpu = texts(traced_anew, monkeypatch, ("cuda", "cpu"), functools.partial(program, name, outputs=True))
-    assert on_gpu == on_cpu
-
-
 def test_the_shapes_of_fused_kernels_change_no_program(traced_anew, monkeypatch):
     """In half precision a process on a GPU could choose cuDNN's attention, by the GPU of that process."""
-    options = {"outputs": True, "gradients": False, "dtype": jnp.bfloat16, "head_dim": 64}
-    on_cpu, on_gpu = texts(traced_anew, monkeypatch, ("cuda", "tpu"), functools.partial(program, "exact", **options))
+    made = program("exact", outputs=True, gradients=False, dtype=jnp.bfloat16, head_dim=64)
+    on_gpu, on_cpu = texts(traced_anew, monkeypatch, ("cuda", "tpu"), *made)
     assert on_gpu == on_cpu

@@ -4,7 +4,6 @@ import json
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,13 +13,13 @@ from approx_attention.evaluation.head_report import draw_heads_of_layers, heads_
 from approx_attention.evaluation.heads import SAMPLED, WORDS
 from approx_attention.registry import METHODS
 from tests.evaluation.test_compare import refusal
-from tests.references import brute_force, causal_mask, random_head, random_heads
+from tests.references import as_array, brute_force, causal_mask, random_head, random_heads
 
 N = 48
 
 
 def one_head(q, k, v):
-    return Tensors(*(jnp.asarray(x, jnp.float32)[None, :, None] for x in (q, k, v)))
+    return Tensors(*(as_array(np.asarray(x)[None, :, None]) for x in (q, k, v)))
 
 
 def values(seed=0, num=N, dim=4):
@@ -134,15 +133,15 @@ def expected(q, k, v, mask, size, place, rank):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_two_sequences_with_padding_are_what_brute_force_says(is_causal):
     lengths, size = (30, 21), 8
-    clean = Tensors(*(1.5 * x for x in random_heads(0, 2, 30, 30, 4, 2)))
+    clean = [1.5 * np.asarray(x) for x in random_heads(0, 2, 30, 30, 4, 2)]
     real = np.arange(30) < np.array(lengths)[:, None]
-    noisy = Tensors(*(jnp.where(real[:, :, None, None], x, jnp.nan) for x in clean))
+    noisy = Tensors(*(as_array(np.where(real[:, :, None, None], x, np.nan)) for x in clean))
     heads = diagnose(noisy, is_causal=is_causal, size=size, lengths=np.array(lengths))
     assert [head.head for head in heads] == [0, 1, 2, 3]
     for n, head in enumerate(heads):
         parts = []
         for b, length in enumerate(lengths):
-            q, k, v = (np.asarray(x)[b, :length, m] for x, m in zip(clean, (n, n // 2, n // 2), strict=True))
+            q, k, v = (x[b, :length, m] for x, m in zip(clean, (n, n // 2, n // 2), strict=True))
             mask = causal_mask(length, length) if is_causal else np.ones((length, length), bool)
             parts.append(expected(q, k, v, mask, size, np.arange(length), np.arange(length)))
         out = sum(part[2] for part in parts)
@@ -176,14 +175,14 @@ def test_padding_changes_nothing(is_causal, at):
 
 
 def test_other_numbers_of_queries_than_keys():
-    q, k, v = random_head(2, 12, 20)
+    q, k, v = map(np.asarray, random_head(2, 12, 20))
     mask = np.arange(20) >= 3
     for is_causal, seen in ((False, 12), (True, 9)):
         (head,) = diagnose(one_head(q, k, v), is_causal=is_causal, size=4, mask=mask)
         rows = np.arange(12)[12 - seen :]
         visible = np.broadcast_to(mask, (seen, 20)) & (causal_mask(12, 20)[rows] if is_causal else True)
         place = rows - 3 if is_causal else rows
-        shares, _, _ = expected(q[rows], k, np.asarray(v), visible, 4, place, np.arange(20) - 3)
+        shares, _, _ = expected(q[rows], k, v, visible, 4, place, np.arange(20) - 3)
         for name, total in shares.items():
             assert getattr(head, name) == pytest.approx(total / seen, rel=1e-4), name
 
@@ -201,7 +200,7 @@ def test_some_queries_of_a_long_sequence():
 
 
 def test_theorems_are_those_of_the_bounds():
-    q, k, v = random_head(3, N, N, head_dim=2)
+    q, k, v = map(np.asarray, random_head(3, N, N, head_dim=2))
     (short,) = diagnose(one_head(0.05 * q, 0.05 * k, v))
     (long,) = diagnose(one_head(10 * q, 10 * k, v))
     assert {"coreset", "polynomial"} <= set(short.theorems) - set(short.vacuous)
@@ -210,7 +209,7 @@ def test_theorems_are_those_of_the_bounds():
     centred = np.asarray(k, np.float64) - np.asarray(k, np.float64).mean(0)
     radius = 100 / math.sqrt(2) * np.linalg.norm(q, axis=1).max() * np.linalg.norm(centred, axis=1).max()
     assert long.radius == pytest.approx(radius, rel=1e-5)
-    assert long.largest_logit == pytest.approx(100 / math.sqrt(2) * np.abs(np.asarray(q) @ centred.T).max(), rel=1e-4)
+    assert long.largest_logit == pytest.approx(100 / math.sqrt(2) * np.abs(q @ centred.T).max(), rel=1e-4)
     size = bounds.coreset_size_bound(0.1, radius=radius, head_dim=2, num_keys=N).size
     assert long.theorems["coreset"] == pytest.approx(size, rel=1e-3)
     weights = brute_force(0.05 * q, 0.05 * k, np.eye(N))[0]
@@ -224,7 +223,7 @@ def test_theorems_are_those_of_the_bounds():
 
 
 def test_bad_input_is_one_clear_error():
-    tensors = one_head(*random_head(0, 8, 8))
+    tensors = one_head(*random_head(0, 20, 20))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"tolerance": 0.0}, "tolerance must be between 0 and 1, got 0.0"),
         ({"tolerance": math.nan}, "tolerance must be between 0 and 1, got nan"),
@@ -232,23 +231,25 @@ def test_bad_input_is_one_clear_error():
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"num_queries": 1.5}, "num_queries must be an integer, got 1.5"),
         ({"scale": -1.0}, "scale must be positive"),
-        ({"lengths": [9]}, "lengths must be from 1 to S = 8, got 9"),
-        ({"mask": np.zeros(8, bool)}, "every sequence must have a real key, but sequence 0 has none"),
+        ({"lengths": [21]}, "lengths must be from 1 to S = 20, got 21"),
+        ({"mask": np.zeros(20, bool)}, "every sequence must have a real key, but sequence 0 has none"),
     ]
     for options, told in cases:
         with pytest.raises(InputError, match=told):
             diagnose(tensors, **options)
-    query, key, value = tensors
-    with pytest.raises(InputError, match="must share the head dimension, got 8 and 7"):
-        diagnose(Tensors(query, key[..., :7], value))
-    with pytest.raises(InputError, match=r"query must be \[B, T, N, D\], got shape \(8, 1, 8\)"):
-        diagnose(Tensors(*(x[0] for x in tensors)))
-    with pytest.raises(InputError, match="key contains numbers that are not finite"):
-        diagnose(Tensors(query, key.at[0, 3].set(jnp.nan), value))
-    with pytest.raises(InputError, match="the outputs of head 0 are all zero"):
-        diagnose(Tensors(query, key, 0 * value))
-    with pytest.raises(InputError, match="every sequence must have a query that sees a real key"):
-        diagnose(Tensors(query[:, :2], key, value), is_causal=True, mask=np.arange(8) > 3)
+    query, key, value = map(np.asarray, tensors)
+    infinite = np.where(np.arange(20)[:, None, None] == 3, np.nan, key)
+    changed = [
+        ((query, key[..., :7], value), {}, "must share the head dimension, got 8 and 7"),
+        ((query[0], key[0], value[0]), {}, r"query must be \[B, T, N, D\], got shape \(20, 1, 8\)"),
+        ((query, infinite, value), {}, "key contains numbers that are not finite"),
+        ((query, key, 0 * value), {"size": 4}, "the outputs of head 0 are all zero"),
+        ((query[:, :2], key, value), {"is_causal": True, "mask": np.arange(20) > 3},
+         "every sequence must have a query that sees a real key"),
+    ]  # fmt: skip
+    for given, options, told in changed:
+        with pytest.raises(InputError, match=told):
+            diagnose(Tensors(*map(as_array, given)), **options)
 
 
 # 5. the command
@@ -284,7 +285,7 @@ def test_a_file_of_one_layer(tmp_path, capsys):
     out = tmp_path / "out"
     assert heads_command(tmp_path / "a.npz", "--lengths", "lengths", "--size", 4, "--out", out) == 0
     rows = json.loads((out / "heads.json").read_text())["rows"]
-    loaded = Tensors(*(jnp.asarray(tensors[name]) for name in "qkv"))
+    loaded = Tensors(*(as_array(tensors[name]) for name in "qkv"))
     made = diagnose(loaded, size=4, lengths=[16, 9])
     assert [row["entropy"] for row in rows] == pytest.approx([head.entropy for head in made])
     assert sorted(path.name for path in out.iterdir()) == ["heads.json", "heads.md", "heads.png"]

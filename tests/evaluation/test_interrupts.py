@@ -52,6 +52,7 @@ def document(tmp_path):
     return json.loads((tmp_path / "out" / "compare.json").read_text())
 
 
+@pytest.mark.usefixtures("empty_figures")
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize("seen_by", ["progress", "keep"])
 def test_a_signal_that_python_drops(file, tmp_path, monkeypatch, capsys, number, code, seen_by):
@@ -73,6 +74,7 @@ def test_a_signal_that_python_drops(file, tmp_path, monkeypatch, capsys, number,
     assert document(tmp_path)["is_complete"] is False
 
 
+@pytest.mark.usefixtures("empty_figures")
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_further_signals_while_writing(file, tmp_path, monkeypatch, capsys, number, code):
     write = runs.write_results
@@ -99,6 +101,7 @@ def test_further_signals_while_writing(file, tmp_path, monkeypatch, capsys, numb
     assert [row["method"] for row in document(tmp_path)["rows"]] == ["exact"]
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_a_signal_while_the_last_output_is_flushed(file, tmp_path, monkeypatch, capsys):
     stream = Disturbed()
     end = cli._exit_code

@@ -6,7 +6,6 @@ import itertools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -22,6 +21,7 @@ from approx_attention.evaluation import (
     check_policy,
     model_plans,
     plan_model,
+    runs,
     save_layers,
     shared_programs,
 )
@@ -29,6 +29,7 @@ from approx_attention.evaluation.error_laws import split_within_heads
 from approx_attention.evaluation.knapsack import CELLS, choose
 from approx_attention.nnx import replace_attention
 from tests.evaluation.test_compare import refusal
+from tests.references import as_array
 
 MEASURED = {}
 PROGRAMS = {}
@@ -103,7 +104,7 @@ def layer(seed, sharpness, num_heads=4, length=64, dim=8, **given):
     scales = sharpness * 4.0 ** np.arange(num_heads // 2) / 4
     q = np.repeat(scales, 2)[:, None] * random.normal(size=(2, length, num_heads, dim))
     k, v = (random.normal(size=(2, length, num_heads // 2, dim)) for _ in range(2))
-    return Layer(Tensors(*(jnp.asarray(x, jnp.float32) for x in (q, k, v + 0.5))), None, **given)
+    return Layer(Tensors(*map(as_array, (q, k, v + 0.5))), None, **given)
 
 
 LAYERS = {"first": layer(0, 0.2), "second": layer(1, 1.0)}
@@ -158,7 +159,8 @@ def test_held_out_queries_choose_nothing_and_calibration_queries_check_nothing()
         sequence, head, number = np.unravel_index(unit, split.shape)
         is_held[sequence, run == number, 2 * head : 2 * head + 2] = True
     query, key, value = LAYERS["second"].tensors
-    other = {"second": Layer(Tensors(jnp.where(is_held[..., None], -3 * query, query), key, value), None)}
+    changed = as_array(np.where(is_held[..., None], -3 * np.asarray(query), query))
+    other = {"second": Layer(Tensors(changed, key, value), None)}
     before, after = (plan_model(layers, **PLAN, max_bytes=3000) for layers in ({"second": LAYERS["second"]}, other))
     for mine, its in zip(heads(before.policy), heads(after.policy), strict=True):
         assert (mine.label, mine.error_bound) == (its.label, pytest.approx(its.error_bound, rel=1e-4))
@@ -176,11 +178,11 @@ def test_layers_of_a_stack_share_a_policy():
 
 
 def test_padding_is_as_if_it_were_not_there():
-    whole = LAYERS["second"].tensors
+    whole = [np.asarray(x) for x in LAYERS["second"].tensors]
     real = np.arange(64) < 48
-    padded = Tensors(*(jnp.where(real[None, :, None, None], x, jnp.nan) for x in whole))
+    padded = Tensors(*(as_array(np.where(real[None, :, None, None], x, np.nan)) for x in whole))
     layers = (
-        Layer(Tensors(*(x[:, :48] for x in whole)), None),
+        Layer(Tensors(*(as_array(x[:, :48]) for x in whole)), None),
         Layer(padded, np.broadcast_to(real, (2, 64))),
     )
     options = {"tolerance": 0.9, "methods": ["mean_value"], "measurement": Measurement(num_seeds=2)}
@@ -272,8 +274,9 @@ def test_the_check_measures_what_a_model_computes_on_other_text():
     other = {"first": layer(7, 0.2), "second": layer(8, 4.0)}
     check = check_policy(policy, other, num_seeds=1, seed=3)
     for path, own in policy.layers.items():
+        answer = functools.partial(attention, rng=jax.random.key(3), scale=own.scale)
         out, exact = (
-            attention(*other[path].tensors, method=method, rng=jax.random.key(3), scale=own.scale)
+            np.asarray(jax.jit(functools.partial(answer, method=method))(*other[path].tensors))
             for method in (own.methods, "exact")
         )
         by_head = np.asarray([out - exact, exact]).reshape(2, 2, 64, 2, 2, 8)
@@ -310,15 +313,20 @@ def test_a_policy_in_a_model():
     before = model.first.attention_fn
     assert replace_attention(model, policy=policy) == ["last"]
     assert model.first.attention_fn is before
-    y = model.first(x)
-    q, k, v = model.last.query(y), model.last.key(y), model.last.value(y)
-    out = attention(q, k, v, method=policy.layers["last"].methods, scale=0.1)
-    np.testing.assert_allclose(model(x), model.last.out(out), atol=1e-5)
+
+    @nnx.jit
+    def as_planned(model, x):
+        y = model.first(x)
+        q, k, v = model.last.query(y), model.last.key(y), model.last.value(y)
+        return model.last.out(attention(q, k, v, method=policy.layers["last"].methods, scale=0.1))
+
+    call = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(call(model, x), as_planned(model, x), atol=1e-5)
     # If all heads share a method, the layer gets that one method.
     same, one = Two(nnx.Rngs(0)), Two(nnx.Rngs(0))
     replace_attention(same, policy=Policy(dict.fromkeys(["first", "last"], of_heads(pool, pool)), 0.1))
     replace_attention(one, "mean_pool", num_landmarks=4)
-    np.testing.assert_array_equal(same(x), one(x))
+    np.testing.assert_array_equal(call(same, x), call(one, x))
     for given, message in (
         ({"policy": Policy({"middle": of_heads(pool, pool)}, 0.1)}, "policy is for middle, .* first, last"),
         ({"policy": Policy({"first": of_heads(pool)}, 0.1)}, "methods for 1 key heads, but the layer has 2"),
@@ -388,7 +396,10 @@ def test_the_commands_plan_a_model_and_check_its_policy(tmp_path, capsys):
     assert "--decode can only be given with --policy" in refusal(capsys, *plan, "--decode")
 
 
-def test_commands_take_causality_and_scale_from_captured_layers(tmp_path, capsys):
+@pytest.mark.usefixtures("empty_figures")
+def test_commands_take_causality_and_scale_from_captured_layers(tmp_path, monkeypatch, capsys):
+    programs = {}
+    monkeypatch.setattr(runs, "shared_programs", lambda own: shared_programs(programs))
     arrays = dict(zip("qkv", map(np.asarray, layer(0, 1.0).tensors), strict=True))
     own = {"is_causal": np.asarray(True), "scale": np.float32(0.7)}
     save_layers(tmp_path / "captured.npz", {"a": {**arrays, **own}, "b": {**arrays, "is_causal": np.asarray(False)}})

@@ -1,5 +1,6 @@
 """Verdicts and pages are computed from result files alone."""
 
+import functools
 import json
 import math
 import statistics
@@ -215,9 +216,19 @@ def test_the_larger_scale_decides_and_results_of_other_settings_do_not_count(tmp
     assert _judged(tmp_path, {}).study.scale == "cpu"
 
 
+@functools.cache
+def committed():
+    """What the committed runs say of every claim."""
+    return [claims.judge(claim) for claim in claims.read_claims(EXPERIMENTS / "claims.yaml")]
+
+
+@functools.cache
+def committed_pages():
+    return report.pages(EXPERIMENTS)
+
+
 def test_what_does_not_hold_says_what_was_tried():
-    found = [claims.judge(claim) for claim in claims.read_claims(EXPERIMENTS / "claims.yaml")]
-    assert not [f.claim.id for f in found if f.verdict == "not reproduced" and not f.claim.tried]
+    assert not [f.claim.id for f in committed() if f.verdict == "not reproduced" and not f.claim.tried]
 
 
 @pytest.mark.slow
@@ -232,13 +243,13 @@ def test_the_pages_are_written_with_their_plots(tmp_path):
 
 
 def test_the_pages_follow_from_the_committed_runs():
-    for name, text in report.pages(EXPERIMENTS).items():
+    for name, text in committed_pages().items():
         assert (EXPERIMENTS / name).read_text() == text, f"{name} is stale: run `python -m experiments report`"
 
 
 def test_a_page_begins_with_its_verdicts():
-    texts = report.pages(EXPERIMENTS)
-    families = {claim.study.partition("/")[0] for claim in claims.read_claims(EXPERIMENTS / "claims.yaml")}
+    texts = committed_pages()
+    families = {finding.claim.study.partition("/")[0] for finding in committed()}
     for family in families:
         heads = [line for line in texts[f"{family}/RESULTS.md"].splitlines() if line.startswith("## ")]
         assert heads[:2] == ["## Verdicts", "## Sources and notes"]
@@ -246,14 +257,13 @@ def test_a_page_begins_with_its_verdicts():
 
 
 def test_seeds_that_were_added_are_told():
-    texts = report.pages(EXPERIMENTS)
+    texts = committed_pages()
     added = [name for name in every_study("cpu") if read_study(name, "cpu").added_seeds]
     assert added
     for name in added:
         assert name in texts["RESULTS.md"].partition("seeds were added after results")[2].partition("\n")[0]
         told = f"seeds added: {read_study(name, 'cpu').added_seeds}"
-        every = claims.read_claims(EXPERIMENTS / "claims.yaml")
-        own = [claim for claim in every if claim.study == name and claims.judge(claim).study]
+        own = [finding for finding in committed() if finding.claim.study == name and finding.study]
         assert texts[f"{name.partition('/')[0]}/RESULTS.md"].count(told) >= len(own)
 
 

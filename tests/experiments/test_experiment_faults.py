@@ -206,7 +206,7 @@ def test_arguments_that_are_none(tmp_path, never_run, command, arguments, said):
 
 
 def test_a_sweep_finds_what_is_unfit_before_it_runs_anything(tmp_path, never_run, command):
-    good, out = _config(tmp_path), tmp_path / "out"
+    good, out = _config(tmp_path, TEXT.replace("[0, 1]", "[0]")), tmp_path / "out"
     for changed, said in (
         (TEXT.replace("window_size: 4", "window_size: -4"), "window_size must be at least 1, got -4"),
         (TEXT.replace("num_kv_heads: 1", "num_kv_heads: 3"), "key heads must divide query heads"),
@@ -220,7 +220,7 @@ def test_a_sweep_finds_what_is_unfit_before_it_runs_anything(tmp_path, never_run
         assert said in err
     other = tmp_path / "other"
     other.mkdir()
-    same = _config(other, TEXT.replace("steps: 8", "steps: 12"))
+    good, same = _config(tmp_path), _config(other, TEXT.replace("steps: 8", "steps: 12"))
     code, _, err = command("sweep", good, same, *SMOKE, "--out", out)
     assert (code, never_run) == (2, [])
     assert "would hold two runs with different settings" in err

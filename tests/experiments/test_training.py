@@ -1,7 +1,6 @@
 """Training that is killed, continued, and run on a mesh."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from experiments.data import DataConfig, load
 from experiments.models import AttentionConfig, ModelConfig, ParallelConfig
 from experiments.studies import ROOT, Places, Run, read_study
 from experiments.training import OptimizerConfig, TrainingConfig, build_model, train_step
+from tests.references import quick_process
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -71,7 +71,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_NUM_CPU_DEVICES": "8"},
+            env=quick_process() | {"JAX_NUM_CPU_DEVICES": "8"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )

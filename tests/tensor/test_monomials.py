@@ -229,13 +229,13 @@ def test_moments_of_monomials_answer_queries_of_order_two(x64):
 def test_weights_may_be_traced_and_have_derivatives(x64):
     features = MonomialFeatures(total_degree(2, 3))
     y = factors(7, 3, 2)
-    coefficients = jnp.asarray(exp_coefficients("taylor", 3))
+    coefficients = exp_coefficients("taylor", 3)
 
     @jax.jit
     def first(coefficients, scale):
         return kernel([features] * 3, y, coefficients, scale)[0, 0, 0]
 
-    by_coefficient, by_scale = jax.jit(jax.grad(first, argnums=(0, 1)))(coefficients, jnp.asarray(-0.8))
+    by_coefficient, by_scale = jax.jit(jax.grad(first, argnums=(0, 1)))(coefficients, -0.8)
     x = float(form(y)[0, 0, 0])
     np.testing.assert_allclose(by_coefficient, (-0.8 * x) ** np.arange(4), rtol=1e-12)
     slope = sum(k * c * x**k * (-0.8) ** (k - 1) for k, c in enumerate(coefficients.tolist()))
@@ -291,7 +291,7 @@ def test_channels_of_unequal_size_are_worth_a_set_of_their_own():
 @pytest.mark.parametrize("exact_degree", [0, 1, 2])
 def test_sketches_are_unbiased(sketch, order, exact_degree):
     y = [np.asarray(rows)[:2].astype(np.float32) for rows in factors(30 + order, order, 4, spread=0.8)]
-    coefficients = jnp.asarray([1, 1, 0.5, 0.25], jnp.float32)
+    coefficients = np.array([1, 1, 0.5, 0.25], np.float32)
 
     @jax.jit
     @jax.vmap
@@ -379,23 +379,22 @@ def test_sketches_are_pytrees_with_finite_derivatives(sketch, x64):
     assert mapped(phi, np.asarray(x, np.float32)).dtype == jnp.float32
     row_by_row = jax.jit(jax.vmap(lambda row: mapped(phi, row[None])[0]))(x)
     np.testing.assert_allclose(row_by_row, mapped(phi, x), atol=1e-12)
-    slope = jax.jit(jax.grad(lambda x: jnp.sum(mapped(phi, x) ** 2)))(jnp.zeros_like(x))
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(mapped(phi, x) ** 2)))(np.zeros_like(x))
     assert np.all(np.isfinite(slope))
 
 
 def test_one_process_may_use_an_index_set_with_and_without_64_bits():
     features, x = MonomialFeatures(total_degree(3, 2)), np.arange(6.0).reshape(2, 3)
-    weights, rows = [], []
+    found = []
     for wide in (True, False, True):
         with jax.enable_x64(wide):
-            dtype = jnp.float64 if wide else jnp.float32
-            weights.append(np.asarray(features.weights(np.ones(3), dtype=dtype)))
             # Traced anew each time: a constant kept from another width would show.
-            rows.append(np.asarray(jax.jit(lambda x: monomials(x, features.indices))(x.astype(dtype))))
-            assert weights[-1].dtype == rows[-1].dtype == dtype
-    for found in (weights, rows):
-        np.testing.assert_array_equal(found[0], found[1])
-        np.testing.assert_array_equal(found[0], found[2])
+            made = jax.jit(lambda x: (features.weights(np.ones(3), dtype=x.dtype), monomials(x, features.indices)))
+            found.append(made(x.astype(np.float64 if wide else np.float32)))
+            assert {y.dtype for y in found[-1]} == {np.dtype(np.float64 if wide else np.float32)}
+    for weights, rows in found[1:]:
+        np.testing.assert_array_equal(weights, found[0][0])
+        np.testing.assert_array_equal(rows, found[0][1])
 
 
 def test_bad_features_are_refused():
