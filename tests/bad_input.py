@@ -71,11 +71,7 @@ def counts_of_methods() -> Iterator[str]:
                 call = lambda: method.function(tokens, tokens, tokens, key, **form, **given)  # noqa: E731
                 return outcome(lambda: jax.eval_shape(call))
 
-            for together in in_one_call(counts, traced):
-                others = {
-                    x: y for argument in together for x, y in OTHER.get(argument, {}).items() if x not in together
-                }
-                expected = traced(**others, **together)
+            for together, others, expected in in_one_call(counts, traced):
                 # Sums and products of these overflow.
                 for kind in (np.uint8, np.int8):
                     narrow = {argument: kind(count) for argument, count in together.items()}
@@ -91,12 +87,16 @@ def counts_of_methods() -> Iterator[str]:
                         yield f"{name}({argument}=huge, {form | others}): {said}"
 
 
-def in_one_call(counts: dict[str, int], traced: Callable[..., str]) -> Iterator[dict[str, int]]:
-    """Yield all counts together if one call accepts them, otherwise one at a time."""
-    if len(counts) > 1 and "Error" not in traced(**counts):
-        yield counts
+def in_one_call(
+    counts: dict[str, int], traced: Callable[..., str]
+) -> Iterator[tuple[dict[str, int], dict[str, Any], str]]:
+    """Yield all counts together if one call accepts them, otherwise each; the others that it needs; and the outcome."""
+    if len(counts) > 1 and "Error" not in (expected := traced(**counts)):
+        yield counts, {}, expected
     else:
-        yield from ({argument: count} for argument, count in counts.items())
+        for argument, count in counts.items():
+            others = OTHER.get(argument, {})
+            yield {argument: count}, others, traced(**others, **{argument: count})
 
 
 def counts_of_functions() -> Iterator[str]:

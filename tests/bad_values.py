@@ -159,7 +159,9 @@ ALLOWED: dict[str, Callable[[], Any]] = {
     "query_radius(margin=10**20)": lambda: query_radius(rows, margin=10**20),
     "realize_sparse_pattern(eps2=10**20)": lambda: realize(eps2=10**20),
     "minimal_dimension(eps2=10**20)": lambda: search(eps2=10**20),
-    "compress(query_radius=10**20)": lambda: compress(tokens, key, coreset_size=4, query_radius=10**20),
+    "compress(query_radius=10**20)": lambda: jax.eval_shape(
+        functools.partial(compress, coreset_size=4, query_radius=10**20), tokens, key
+    ),
     "place_tokens(start=uint8)": lambda: place_tokens(rows, max_length=300, start=np.uint8(200)),  # pyright: ignore[reportArgumentType]
 }
 

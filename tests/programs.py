@@ -66,13 +66,8 @@ def products(function, *arguments):
             yield shapes, "HIGHEST, HIGHEST" not in line
 
 
-def num_decompositions(function, *arguments, platform="tpu"):
-    """The number of QR decompositions in a lowered program: loops count once, a function called twice counts twice."""
-    return num_decompositions_in(lowered_text(function, *arguments, platform=platform))
-
-
 def num_decompositions_in(text):
-    """The same count, in the text of a lowered program."""
+    """The number of QR decompositions in a lowered program: loops count once, a function called twice counts twice."""
     bodies = {}
     for part in text.split("func.func ")[1:]:
         bodies[re.search(r"@([\w.]+)\(", part).group(1)] = part

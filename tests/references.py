@@ -108,6 +108,7 @@ def quick_process():
     """The environment of a subprocess that compiles programs like the tests, and shares their cache."""
     return os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_TRACEBACK_FILTERING": "off",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -159,9 +159,9 @@ def plan(
         )
 
     for done, name in enumerate(names):
-        on_progress(name, done, len(names) + 1)
         if done:
             on_part(so_far())
+        on_progress(name, done, len(names) + 1)
 
         def measure(size: int | None, name: str = name) -> tuple[float, float]:
             errors = bench.errors(arm_of(name, size), measurement.choosing)

@@ -95,7 +95,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
 
 
 def squared_bias(deviations: np.ndarray) -> tuple[float, float]:
-    """The squared norm of the mean of means of draws, ``[parts, T, Dv]``, and its standard error where there is no bias.
+    """The squared norm of the mean of ``[parts, T, Dv]`` means of draws, and its standard error where there is no bias.
 
     It is the mean of the products of two different parts, so that the noise of each does not count.
     """

@@ -11,9 +11,9 @@ import pytest
 from approx_attention import FeatureMoments, WeightedKV, attend, favor, fold_scale, mean_pool, merge
 from approx_attention.core import PositiveFeatures, causal_state, gaussian_projection, running_moments
 from approx_attention.methods import running_exact
-from tests.references import brute_force, causal_mask, compiled, random_head
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head
 
-causal_state, favor = compiled(causal_state, favor)
+causal_state, favor, draw_projection = compiled(causal_state, favor, gaussian_projection)
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (4, 4), (23, 23), (23, 9), (9, 23), (1, 30), (30, 1)])
@@ -21,7 +21,8 @@ causal_state, favor = compiled(causal_state, favor)
 def test_keeping_every_token_is_exact(num_queries, num_keys, block_size):
     q, k, v = random_head(0, num_queries, num_keys)
     kv_mask, places = np.arange(num_keys) % 6 != 2, np.arange(num_queries)
-    state = causal_state(q, k, v, running_exact(8, max_length=64), block_size=block_size, kv_mask=jnp.asarray(kv_mask))
+    options = {"block_size": block_size, "kv_mask": as_array(kv_mask, bool)}
+    state = causal_state(q, k, v, running_exact(8, max_length=64), **options)
     out, lse = brute_force(q, k, v, scale=1, mask=causal_mask(num_queries, num_keys) & kv_mask)
     # A query in padding has no position among the real tokens, unless it follows all of them.
     placed = np.append(kv_mask, np.ones(num_queries, bool))[:num_queries] | (places >= np.flatnonzero(kv_mask)[-1])
@@ -31,7 +32,7 @@ def test_keeping_every_token_is_exact(num_queries, num_keys, block_size):
 
 def test_a_query_sees_two_blocks_exactly_and_the_rest_by_moments():
     q, k, v = random_head(1, 14, 14, spread=0.5)
-    features = PositiveFeatures(gaussian_projection(jax.random.key(0), 6, 8))
+    features = PositiveFeatures(draw_projection(jax.random.key(0), 6, 8))
     state = causal_state(q, k, v, running_moments(features), block_size=4)
 
     def one(q, k, v, t):
@@ -48,8 +49,9 @@ def test_a_query_sees_two_blocks_exactly_and_the_rest_by_moments():
 def test_a_full_buffer_turns_to_nan_instead_of_forgetting():
     q, k, v = random_head(3, 40, 40)
     state = causal_state(q, k, v, running_exact(8, max_length=16), block_size=4)
-    assert np.all(np.isfinite(state.out[:24]))
-    assert np.all(np.isnan(state.out[24:]))
+    out = np.asarray(state.out)
+    assert np.all(np.isfinite(out[:24]))
+    assert np.all(np.isnan(out[24:]))
 
 
 @pytest.mark.slow
@@ -71,8 +73,8 @@ def test_memory_is_linear(function, optimized):
 
 def test_scale_reaches_both_the_near_and_the_far_part():
     q, k, v = random_head(4, 30, 30, spread=0.5)
-    projection = gaussian_projection(jax.random.key(0), 8, 8)
-    scaled_q, scaled_k = fold_scale(q, k, 0.2)
+    projection = draw_projection(jax.random.key(0), 8, 8)
+    scaled_q, scaled_k = compiled(fold_scale)(q, k, 0.2)
     out = favor(q, k, v, projection=projection, is_causal=True, block_size=4, scale=0.2)
     state = causal_state(scaled_q, scaled_k, v, running_moments(PositiveFeatures(projection)), block_size=4)
     np.testing.assert_allclose(out, state.out, atol=1e-6)
@@ -86,7 +88,7 @@ def test_blocks_hold_a_token():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_the_bias_of_hidden_keys_is_finite_in_half_precision(dtype):
-    running = running_moments(PositiveFeatures(gaussian_projection(jax.random.key(0), 6, 8)))
+    running = running_moments(PositiveFeatures(draw_projection(jax.random.key(0), 6, 8)))
 
     def near(q, k, v, bias):
         state = running.near(q, k, v, bias)

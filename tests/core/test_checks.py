@@ -23,7 +23,7 @@ from approx_attention import (
 )
 from approx_attention.core import check_count, check_projection
 from approx_attention.registry import get_method
-from tests.references import random_head, random_heads
+from tests.references import as_array, compiled, random_head, random_heads
 
 # Tests check the shapes in signatures before a function runs; users call the plain function.
 plain_exact, plain_ra, plain_attention = (inspect.unwrap(function) for function in (exact, ra, attention))
@@ -82,7 +82,7 @@ def test_hyperparameters():
             method(q, k, v, key, num_features=5, features=features)
     with pytest.raises(ValueError, match="num_hashes must be at most 31, got 32"):
         hyper_attention(q, k, v, key, num_hashes=32)
-    assert np.isfinite(hyper_attention(q, k, v, key, num_hashes=31)).all()
+    assert np.all(np.isfinite(compiled(hyper_attention)(q, k, v, key, num_hashes=31)))
     with pytest.raises(ValueError, match="num_hashes must be at most 24, got 25"):
         lsh_top_k(q, k, v, projection=jnp.ones((1, 25, 8)))
     with pytest.raises(ValueError, match="one PRNG key, got an array of keys of shape"):
@@ -124,22 +124,24 @@ def test_decoder():
         Decoder(running=running, head_dim=8, value_dim=8, block_size=0)
     decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
     q, k, v = random_head(0, 4, 4)
+    cache = jax.jit(decoder.init)()
     with pytest.raises(ValueError, match=r"k must be \[T, 8\] with T >= 1 tokens, got shape \(4, 7\)"):
-        decoder.append(decoder.init(), k[:, :7], v)
+        decoder.append(cache, k[:, :7], v)
     with pytest.raises(ValueError, match=r"v must be \[T, 8\] with T >= 1 tokens, got shape \(3, 8\)"):
-        decoder.append(decoder.init(), k, v[:3])
+        decoder.append(cache, k, v[:3])
     with pytest.raises(ValueError, match=r"q must be \[G, D\] with G >= 1 and D = 8, got shape \(4, 7\)"):
-        decoder.attend(decoder.init(), q[:, :7])
+        decoder.attend(cache, q[:, :7])
     with pytest.raises(ValueError, match=r"q must be \[T, D\] = \[4, 8\] like k"):
-        decoder.prefill(decoder.init(), q[:3], k, v)
+        decoder.prefill(cache, q[:3], k, v)
 
 
 def test_fold_scale_makes_logits_plain_products():
     q, k, _ = random_head(1, 4, 5)
-    for scale, factor in ((None, 1 / np.sqrt(8)), (0.3, 0.3), (jnp.float32(2.0), 2.0)):
-        scaled_q, scaled_k = fold_scale(q, k, scale)
-        np.testing.assert_allclose(scaled_q @ scaled_k.T, factor * (q @ k.T), rtol=1e-5, atol=1e-6)
-    gradient = jax.grad(lambda scale: jnp.sum(exact(q, k, k, scale=scale)))(0.5)
+    logits = np.asarray(q) @ np.asarray(k).T
+    for scale, factor in ((None, 1 / np.sqrt(8)), (0.3, 0.3), (as_array(2.0), 2.0)):
+        scaled_q, scaled_k = map(np.asarray, compiled(fold_scale)(q, k, scale))
+        np.testing.assert_allclose(scaled_q @ scaled_k.T, factor * logits, rtol=1e-5, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda scale: jnp.sum(exact(q, k, k, scale=scale))))(0.5)
     assert np.isfinite(gradient)
     assert gradient != 0
 

@@ -36,10 +36,10 @@ def test_segments_of_all_prefixes_are_those_that_grow(num_segments, unit, block_
     def grow(grown, start, block):
         return grown.append(start, unit, block, least)
 
-    at = of_all_prefixes(jax.tree.map(jnp.asarray, tokens))
-    grown = GrowingSegments.empty(num_segments, 3, 2, jnp.float32)
+    at = jax.tree.map(np.asarray, of_all_prefixes(tokens))
+    grown = jax.jit(lambda: GrowingSegments.empty(num_segments, 3, 2, jnp.float32))()
     for count in counts:
-        now = jax.tree.map(lambda x, i=count: np.asarray(x)[i], at)
+        now = jax.tree.map(lambda x, i=count: x[i], at)
         for ours, expected in zip(now.sums, grown.sums, strict=True):
             np.testing.assert_allclose(ours, expected, atol=1e-5)
         assert count == 0 or now.length == grown.length

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.all_forms
 )
 def test_groups_of_heads_change_no_head(monkeypatch, count, most, groups):
     monkeypatch.setattr(heads, "TOGETHER", 10 * most)
-    slices = jnp.arange(10.0 * count).reshape(count, 10)
+    slices = np.arange(10 * count, dtype=np.float32).reshape(count, 10)
     sizes = []
 
     def function(x):
@@ -30,13 +30,13 @@ def test_groups_of_heads_change_no_head(monkeypatch, count, most, groups):
 
     original = jax.vmap
     monkeypatch.setattr(jax, "vmap", vmapped)
-    out = heads._at_once(function, slices)
+    out = jax.jit(lambda slices: heads._at_once(function, slices))(slices)
     np.testing.assert_array_equal(out, np.cumsum(slices, axis=1) * 2)
     assert max(sizes, default=0) <= most
 
 
 def test_each_follows_the_platform_of_the_program():
-    traced = jax.jit(lambda x: heads.each(jnp.sin, x)).trace(jnp.ones((4, 3)))
+    traced = jax.jit(lambda x: heads.each(jnp.sin, x)).trace(np.ones((4, 3), np.float32))
     loops = {
         name: "stablehlo.while" in traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")
     }

@@ -13,7 +13,7 @@ from approx_attention.core.padding import floor_of_share
 from approx_attention.methods import Convolution, chunk_means
 from tests import cases
 from tests.cases import LENGTH, PADDED_LENGTH, call, pulled_back, settings, with_gradients
-from tests.references import brute_force, having, random_head, random_heads, relative_error
+from tests.references import as_array, brute_force, having, random_head, random_heads, relative_error
 
 PADDED = having(padding=True)
 CAUSAL = having(padding=True, causal=True)
@@ -91,22 +91,19 @@ def test_batch_mates_and_lengths_change_nothing(name, is_causal):
     options = {"method": name, "rng": jax.random.key(3), "is_causal": is_causal, **settings(name)}
     if name not in CAUSAL:
         options.pop("is_causal")
-    tensors, lengths = [np.asarray(x) for x in random_heads(2, 2, 23, 23, 2, 1)], np.array([23, 9])
-    # The same tokens after their padding, given by a mask.
-    mask = (np.arange(23)[None] >= 23 - lengths[:, None])[:, None, None, :]
-    moved = [np.concatenate([x[:1], np.roll(x[1:], 14, axis=1)]) for x in tensors]
+    tensors = [np.asarray(x) for x in random_heads(2, 2, 23, 23, 2, 1)]
+    # Sequences of 23 tokens, of 9 before padding, given by a length, and of the same 9 after it, given by a mask.
+    batch, lengths = [np.concatenate([x, np.roll(x[1:], 14, axis=1)]) for x in tensors], np.array([23, 9, 23])
+    mask = (np.arange(23)[None] >= np.array([[0], [0], [14]]))[:, None, None, :]
 
     @jax.jit
-    def outputs(padded, lengths, short, moved, mask):
-        return (
-            attention(*padded, **options, key_value_seq_lengths=lengths),
-            attention(*short, **options),
-            attention(*moved, mask=mask, **options),
-        )
+    def outputs(batch, lengths, mask, short):
+        whole = attention(*batch, **options, key_value_seq_lengths=lengths, mask=mask)
+        return whole, attention(*short, **options)
 
-    whole, alone, left = map(np.asarray, outputs(tensors, lengths, [x[1:, :9] for x in tensors], moved, mask))
-    np.testing.assert_allclose(whole[1:, :9], alone, atol=1e-5)
-    np.testing.assert_allclose(left[1:, 14:], alone, atol=1e-5)
+    whole, alone = map(np.asarray, outputs(batch, lengths, mask, [x[1:, :9] for x in tensors]))
+    np.testing.assert_allclose(whole[1, :9], alone[0], atol=1e-5)
+    np.testing.assert_allclose(whole[2, 14:], alone[0], atol=1e-5)
 
 
 # Blocks of queries divide the keys among them, so that more queries get smaller parts.
@@ -186,8 +183,8 @@ def test_other_settings_too(case):
 def test_as_many_landmarks_as_real_tokens_are_exact(name):
     q, k, v = (np.asarray(x) for x in random_head(9, 7, 7))
     mask = mask_of("scattered", 7, 64)
-    out = call(name, *(padded(x, mask) for x in (q, k, v)), size=16, block_size=32, kv_mask=jnp.asarray(mask))
-    np.testing.assert_allclose(out[np.flatnonzero(mask)], brute_force(q, k, v)[0], atol=1e-5)
+    out = call(name, *(padded(x, mask) for x in (q, k, v)), size=16, block_size=32, kv_mask=as_array(mask, bool))
+    np.testing.assert_allclose(np.asarray(out)[mask], brute_force(q, k, v)[0], atol=1e-5)
 
 
 # Methods that sample by the padded length have the same expectation, not the same numbers.
@@ -215,13 +212,10 @@ def test_algorithms_that_draw_by_length_are_as_good(algorithm):
 def test_columns_of_a_matrix_belong_to_places():
     q, k, v = (np.asarray(x) for x in random_head(11, 9, 9))
     e = random_head(12, 4, 1, 16)[0]
-    mask = mask_of("right", 9, 16)
-    out = call("linformer", *(padded(x, mask) for x in (q, k, v)), projection_k=e, kv_mask=jnp.asarray(mask))
-    np.testing.assert_allclose(out[:9], call("linformer", q, k, v, projection_k=e), atol=1e-5)
-    mask = mask_of("scattered", 9, 16)
-    out = call("linformer", *(padded(x, mask) for x in (q, k, v)), projection_k=e, kv_mask=jnp.asarray(mask))
-    own = call("linformer", q, k, v, projection_k=e[:, np.flatnonzero(mask)])
-    np.testing.assert_allclose(out[np.flatnonzero(mask)], own, atol=1e-5)
+    scattered = mask_of("scattered", 9, 16)
+    for mask, own in ((mask_of("right", 9, 16), e), (scattered, as_array(np.asarray(e)[:, scattered]))):
+        out = call("linformer", *(padded(x, mask) for x in (q, k, v)), projection_k=e, kv_mask=as_array(mask, bool))
+        np.testing.assert_allclose(np.asarray(out)[mask], call("linformer", q, k, v, projection_k=own), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -246,8 +240,8 @@ def test_causal_queries_stand_at_places_of_keys(lengths):
     expected = brute_force(q, k, v, mask=visible)[0]
     own = np.concatenate([mask, np.ones(max(0, lengths[0] - lengths[1]), bool)])[: lengths[0]]
     for name in ("mean_pool", "favor", "local"):
-        out = call(name, q, k, v, size=32, block_size=32, is_causal=True, kv_mask=jnp.asarray(mask))
-        np.testing.assert_allclose(out[own], expected[own], atol=2e-6)
+        out = call(name, q, k, v, size=32, block_size=32, is_causal=True, kv_mask=as_array(mask, bool))
+        np.testing.assert_allclose(np.asarray(out)[own], expected[own], atol=2e-6)
 
 
 # Segments, ranks and noise by brute force
@@ -294,19 +288,24 @@ def test_shares_beyond_the_largest_integer():
 
 def test_real_tokens_first_and_back():
     mask = mask_of("scattered", 6, 11)
-    order = RealFirst.of(jnp.asarray(mask))
-    x = jnp.arange(11)
-    np.testing.assert_array_equal(order.front(x), np.concatenate([np.flatnonzero(mask), np.flatnonzero(~mask)]))
-    np.testing.assert_array_equal(order.back(order.front(x)), x)
-    np.testing.assert_array_equal(ranks(jnp.asarray(mask), 11)[mask], np.arange(6))
+
+    @jax.jit
+    def outputs(mask, x):
+        order = RealFirst.of(mask)
+        return order.front(x), order.back(order.front(x)), ranks(mask, 11)
+
+    front, back, rank = map(np.asarray, outputs(mask, np.arange(11)))
+    np.testing.assert_array_equal(front, np.concatenate([np.flatnonzero(mask), np.flatnonzero(~mask)]))
+    np.testing.assert_array_equal(back, np.arange(11))
+    np.testing.assert_array_equal(rank[mask], np.arange(6))
 
 
 @pytest.mark.parametrize("draw", [jax.random.normal, jax.random.uniform, jax.random.gumbel])
 def test_noise_of_a_shorter_sequence_is_found_in_that_of_a_longer(draw):
-    key = jax.random.key(5)
-    longer, shorter = draw(key, (3, 13, 2)), jax.jit(draw_of_size)
-    for size in (1, 5, 12, 13):
-        np.testing.assert_array_equal(shorter(longer, np.int32(size))[:, :size], draw(key, (3, size, 2)))
+    sizes, shorter = (1, 5, 12, 13), jax.jit(draw_of_size)
+    drawn = jax.jit(lambda key: [draw(key, (3, size, 2)) for size in sizes])(jax.random.key(5))
+    for size, expected in zip(sizes, drawn, strict=True):
+        np.testing.assert_array_equal(np.asarray(shorter(drawn[-1], np.int32(size)))[:, :size], expected)
 
 
 def test_chunk_means_are_those_of_real_tokens():
@@ -316,7 +315,7 @@ def test_chunk_means_are_those_of_real_tokens():
     found = means(padded(q, mask), padded(k, mask), kv_mask=mask)
     expected = means(q, k)
     for x, y in zip(found, expected, strict=True):
-        np.testing.assert_allclose(x[: len(y)], y, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(x)[: len(y)], y, atol=1e-6)
 
 
 def test_a_mask_that_hides_nothing_changes_nothing():

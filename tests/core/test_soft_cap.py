@@ -57,20 +57,27 @@ def test_the_operation_has_the_values_and_gradients_of_the_whole_matrix(x64, imp
     q, k, v = random_head(0, 600, 530, 4, 3, dtype=dtype, spread=1.5)
     bias, scale = as_array(np.random.default_rng(1).normal(size=530), dtype), as_array(0.7, dtype)
     distance = np.arange(530)[None, :] - np.arange(600)[:, None] - reach.get("offset", 0)
-    seen = jnp.asarray((distance >= -reach.get("left", 1e9)) & (distance <= reach.get("right", 1e9)))
+    seen = (distance >= -reach.get("left", 1e9)) & (distance <= reach.get("right", 1e9))
 
     def ours(q, k, v, bias, scale):
         options = {"logits_soft_cap": CAP, "implementation": implementation}
         return kernels.state(q, k, v, bias, scale=scale, **reach, **options)
 
+    operands = q, k, v, bias, scale
+    found = jax.jit(functools.partial(with_gradients, ours))(*operands)
+    expected = whole_matrix_with_gradients(seen, *(np.asarray(x, np.float64) for x in operands))
+    found, expected = (jax.tree.map(np.float64, x) for x in (found, expected))
+    chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@jax.jit
+def whole_matrix_with_gradients(seen, *operands):
+    """One program for all reaches."""
+
     def theirs(q, k, v, bias, scale):
         return whole_matrix(q, k, v, seen, bias=bias[None, :], scale=scale)
 
-    operands = q, k, v, bias, scale
-    found = jax.jit(functools.partial(with_gradients, ours))(*operands)
-    expected = jax.jit(functools.partial(with_gradients, theirs))(*(np.asarray(x, np.float64) for x in operands))
-    found, expected = (jax.tree.map(np.float64, x) for x in (found, expected))
-    chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)
+    return with_gradients(theirs, *operands)
 
 
 def test_other_derivatives_are_those_of_the_whole_matrix(x64):
@@ -80,7 +87,7 @@ def test_other_derivatives_are_those_of_the_whole_matrix(x64):
         return jnp.sum(kernels.state(q, k, v, right=0, logits_soft_cap=CAP).out ** 2)
 
     def theirs(q, k):
-        return jnp.sum(whole_matrix(q, k, v, jnp.asarray(causal_mask(6, 7)), scale=1.0)[0] ** 2)
+        return jnp.sum(whole_matrix(q, k, v, causal_mask(6, 7), scale=1.0)[0] ** 2)
 
     for derivative in (jax.jacfwd, jax.hessian):
         chex.assert_trees_all_close(*(jax.jit(derivative(f, argnums=(0, 1)))(q, k) for f in (ours, theirs)), atol=1e-12)
@@ -97,7 +104,7 @@ def test_methods_at_full_size_are_the_whole_matrix(x64, name, is_causal):
 
     def ours(q, k, v):
         answer = functools.partial(method.function, is_causal=is_causal, logits_soft_cap=CAP, **options)
-        return answer(q, k, v, jax.random.key(7), kv_mask=jnp.asarray(real)).at[~real].set(0)
+        return jnp.where(real[:, None], answer(q, k, v, jax.random.key(7), kv_mask=as_array(real, bool)), 0)
 
     broken = [np.where(real[:, None], x, np.nan) for x in (k, v)]
     found = jax.jit(functools.partial(with_gradients, ours))(q, *broken)
@@ -114,7 +121,7 @@ def test_sparse_patterns_by_blocks_and_gathered(x64):
     q, k, v = random_head(4, 24, 24, dtype=jnp.float64, spread=2.0)
     pattern = SparsePattern.banded(24, [-5, -1, 0, 2])
     distance = np.arange(24)[None, :] - np.arange(24)[:, None]
-    visible = jnp.asarray(np.isin(distance, [-5, -1, 0, 2]) & causal_mask(24, 24))
+    visible = np.isin(distance, [-5, -1, 0, 2]) & causal_mask(24, 24)
     expected = jax.jit(functools.partial(with_gradients, lambda *x: whole_matrix(*x, visible)[0]))(q, k, v)
     gathered = jax.jit(_sparse_gradients)(q, k, v, pattern)
     by_blocks = jax.jit(lambda *x: _sparse_gradients(*x, BlockMap.from_pattern(pattern, 4)))(q, k, v)
@@ -157,18 +164,23 @@ def test_decoding_is_causal_attention_with_grouped_heads(cache_bits):
 
 
 def test_a_large_cap_is_none_and_a_layer_passes_it_on():
-    query, key, value = random_heads(7, 1, 9, 9, 2, 2)
-    plain, wide, narrow = (attention(query, key, value, method="exact", logits_soft_cap=c) for c in (None, 1e4, CAP))
-    chex.assert_trees_all_close(wide, plain, atol=1e-5)
     layer = ApproxAttention("exact", logits_soft_cap=CAP, rngs=nnx.Rngs(0))
-    chex.assert_trees_all_close(layer(query, key, value), narrow, atol=1e-6)
+
+    @jax.jit
+    def answers(*heads):
+        return layer(*heads), [attention(*heads, method="exact", logits_soft_cap=c) for c in (None, 1e4, CAP)]
+
+    of_layer, (plain, wide, narrow) = answers(*random_heads(7, 1, 9, 9, 2, 2))
+    chex.assert_trees_all_close(wide, plain, atol=1e-5)
+    chex.assert_trees_all_close(of_layer, narrow, atol=1e-6)
 
 
 def test_a_window_of_exact_attention_keeps_the_cap(x64):
-    query, key, value = (x.astype(jnp.float64) for x in random_heads(8, 1, 9, 9, 2, 1))
-    window = attention(query, key, value, method="exact", local_window_size=(2, 1), logits_soft_cap=CAP)
+    query, key, value = (np.asarray(x, np.float64) for x in random_heads(8, 1, 9, 9, 2, 1))
+    capped = functools.partial(attention, method="exact", local_window_size=(2, 1), logits_soft_cap=CAP)
+    window = np.asarray(jax.jit(capped)(query, key, value))
     apart = np.arange(9)[None, :] - np.arange(9)[:, None]
-    seen = jnp.asarray((apart >= -2) & (apart <= 1))
+    seen = (apart >= -2) & (apart <= 1)
     for n in range(2):
         expected, _ = whole_matrix(query[0, :, n], key[0, :, 0], value[0, :, 0], seen)
         chex.assert_trees_all_close(window[0, :, n], expected, atol=1e-12)
@@ -191,16 +203,21 @@ def test_what_cannot_cap_its_logits_says_so():
         traced = jax.jit(operation).trace(q, k, v)
         with outcome:
             traced.lower(lowering_platforms=("tpu",))
+    heads = [as_array(np.asarray(x)[None, :, None]) for x in (q, k, v)]
     with pytest.raises(ValueError, match="no bias, mask, logits_soft_cap"):
-        attention(*(x[None, :, None] for x in (q, k, v)), method="exact", implementation="cudnn", logits_soft_cap=50.0)
+        attention(*heads, method="exact", implementation="cudnn", logits_soft_cap=50.0)
     with pytest.raises(ValueError, match="logits_soft_cap must be positive, got 0.0"):
         exact(q, k, v, logits_soft_cap=0.0)
-    for function in (functools.partial(kernels.state, q, k, v), functools.partial(attend, q, summarize_exact(k, v))):
+
+    def asked(summarize, logits_soft_cap):
+        return jax.eval_shape(lambda: attend(q, summarize(k, v), logits_soft_cap=logits_soft_cap))
+
+    for function in (functools.partial(kernels.state, q, k, v), functools.partial(asked, summarize_exact)):
         with pytest.raises(ValueError, match="logits_soft_cap must be positive.*, got -1.0"):
             function(logits_soft_cap=-1.0)
-    array: Any = jnp.ones(())
+    array: Any = as_array(1.0)
     with pytest.raises(TypeError, match="logits_soft_cap must be a known float, got ArrayImpl"):
         kernels.state(q, k, v, logits_soft_cap=array)
     with pytest.raises(ValueError, match="tokens without signed masses"):
-        attend(q, summarize_favor(k, v, jax.random.key(0)), logits_soft_cap=50.0)
-    assert attend(q, summarize_exact(k, v), logits_soft_cap=50.0).out.shape == (3, 8)
+        asked(functools.partial(summarize_favor, key=jax.random.key(0)), 50.0)
+    assert asked(summarize_exact, 50.0).out.shape == (3, 8)

@@ -93,16 +93,10 @@ def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, nu
     d_out = np.random.default_rng(1).normal(size=(num_queries, 32)).astype(np.float32)
     bias = np.where(visible, np.float32(0), np.float32(HIDDEN))
 
-    @jax.jit
-    def both(q, k, v):
-        return tuple(
-            jax.grad(lambda *x, of=of: jnp.sum(d_out * of(*x).out), argnums=(0, 1, 2))(q, k, v)
-            for of in (form, lambda q, k, v: dense_state(q, k, v, jnp.asarray(bias)))
-        )
-
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * form(*x).out), argnums=(0, 1, 2)))
     for magnitude in (1.0, 30.0, 1e3, 1e4, 1e6, 1e8):
         q, k, v = large_logits(7, num_queries, num_keys, magnitude)
-        found, expected = jax.tree.map(np.asarray, both(q, k, v))
+        found, expected = jax.tree.map(np.asarray, (gradients(q, k, v), dense_gradients(q, k, v, bias, d_out)))
         # The error of rounding a logit grows with its size, until all weight is on one key.
         rounding = 1e-5 + 3e-7 * magnitude
         truth = value_gradient_in_float64(q, k, v, d_out, visible)
@@ -118,6 +112,13 @@ def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, nu
             assert close.mean() >= (1.0 if magnitude < 1e5 else 0.98), magnitude
 
 
+@jax.jit
+@functools.partial(jax.grad, argnums=(0, 1, 2))
+def dense_gradients(q, k, v, bias, d_out):
+    """One program for all forms."""
+    return jnp.sum(d_out * dense_state(q, k, v, bias).out)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e6, 1e8])
 def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
@@ -129,21 +130,16 @@ def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
     q, k = ((factor * x).astype(np.float32) for x in (q, k))
     v, d_out = (random.normal(size=(300, 16)).astype(np.float32) for _ in range(2))
     noise = 1e-5 * np.abs(d_out @ v.T).max() * max(np.abs(q).max(), np.abs(k).max())
-    for found, expected in zip(*streamed_and_dense_gradients(is_causal)(q, k, v, d_out), strict=True):
+    bias = np.where(causal_mask(300, 300) | (not is_causal), np.float32(0), np.float32(HIDDEN))
+    pairs = zip(streamed_gradients(q, k, v, d_out, is_causal), dense_gradients(q, k, v, bias, d_out), strict=True)
+    for found, expected in pairs:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=noise)
 
 
-@functools.cache
-def streamed_and_dense_gradients(is_causal):
-    """``(q, k, v, d_out) -> [gradients streamed, gradients dense]``, one program for all magnitudes."""
-    bias = np.where(causal_mask(300, 300), np.float32(0), np.float32(HIDDEN)) if is_causal else None
-    forms = functools.partial(streamed_state, is_causal=is_causal), lambda *x: dense_state(*x, bias)
-
-    @jax.jit
-    def both(q, k, v, d_out):
-        return [jax.grad(lambda *x, of=of: jnp.sum(d_out * of(*x).out), (0, 1, 2))(q, k, v) for of in forms]
-
-    return both
+@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.grad, argnums=(0, 1, 2))
+def streamed_gradients(q, k, v, d_out, is_causal):
+    return jnp.sum(d_out * streamed_state(q, k, v, is_causal=is_causal).out)
 
 
 @pytest.mark.slow

@@ -38,17 +38,23 @@ def every_form(*fast):
 def pair(request):
     """One form of the operation, and attention written out, as functions of q, k, v, the bias and the scale."""
     form, reach = request.param
-    seen = jnp.asarray(seen_pairs(LENGTH, LENGTH, **reach))
     with running(form) as implementation:
 
         def state(q, k, v, bias, scale):
             return kernels.state(q, k, v, bias, scale=scale, **reach, implementation=implementation)
 
-        def written_out(q, k, v, bias, scale):
-            logits = jnp.where(seen, q @ k.T * scale + bias[None, :], -jnp.inf)
-            return AttentionState(jax.nn.softmax(logits) @ v, jax.nn.logsumexp(logits, axis=1))
+        yield state, written_out_for(tuple(reach.items()))
 
-        yield state, written_out
+
+@functools.cache
+def written_out_for(reach):
+    seen = seen_pairs(LENGTH, LENGTH, **dict(reach))
+
+    def written_out(q, k, v, bias, scale):
+        logits = jnp.where(seen, q @ k.T * scale + bias[None, :], -jnp.inf)
+        return AttentionState(jax.nn.softmax(logits) @ v, jax.nn.logsumexp(logits, axis=1))
+
+    return written_out
 
 
 @functools.cache
@@ -58,8 +64,28 @@ def heads():
     return tuple(as_array(np.stack(x)) for x in zip(*(x[:5] for x in random), strict=True))
 
 
+@functools.cache
 def head():
     return tuple(as_array(np.asarray(x)[0]) for x in heads())
+
+
+def four_heads():
+    return tuple(as_array(np.concatenate([x, x[:1]])) for x in map(np.asarray, heads()))
+
+
+def four_queries():
+    """Queries of four heads, which share keys, values, the bias and the scale."""
+    return four_heads()[0], *head()[1:]
+
+
+def few_numbers():
+    return (as_array(np.asarray(head()[0])[4:7, 1]),)
+
+
+@functools.cache
+def expected(transform, written_out, operands=head):
+    """The result of attention written out: one program for all forms with the same reach."""
+    return jax.jit(transform(written_out))(*operands())
 
 
 def loss_of(function):
@@ -127,6 +153,10 @@ def of_q(f):
     return lambda x: loss_of(f)(q.at[4:7, 1].set(x), *others)
 
 
+def hessian(f):
+    return jax.hessian(of_q(f))
+
+
 ONE_HEAD = {
     "grad": lambda f: jax.grad(loss_of(f), ALL),
     "value_and_grad of q alone": lambda f: jax.value_and_grad(loss_of(f)),
@@ -164,9 +194,13 @@ MANY_HEADS = {
 }
 
 
-def assert_same(found, expected, tolerance=1e-5):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def value_and_gradients(f):
+    return lambda *x: (f(*x), jax.grad(loss_of(f), ALL)(*x))
+
+
+def assert_same(found, reference, tolerance=1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(reference)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(np.abs(y).max(initial=1)))
 
@@ -186,14 +220,14 @@ def every_transformation(names):
 
 @every_transformation(ONE_HEAD)
 def test_transformations_of_one_head(pair, name):
-    state, written_out = (jax.jit(ONE_HEAD[name](f))(*head()) for f in pair)
-    assert_same(state, written_out)
+    state, written_out = pair
+    assert_same(jax.jit(ONE_HEAD[name](state))(*head()), expected(ONE_HEAD[name], written_out))
 
 
 @every_transformation(MANY_HEADS)
 def test_transformations_of_heads(pair, name):
-    state, written_out = (jax.jit(MANY_HEADS[name](f))(*heads()) for f in pair)
-    assert_same(state, written_out)
+    state, written_out = pair
+    assert_same(jax.jit(MANY_HEADS[name](state))(*heads()), expected(MANY_HEADS[name], written_out, heads))
 
 
 @every_form(CAUSAL)
@@ -203,24 +237,24 @@ def test_transformations_of_heads(pair, name):
     ids=["forward over reverse", "reverse over reverse", "forward over forward"],
 )
 def test_second_derivatives(pair, second):
-    state, written_out = (jax.jit(second(of_q(f)))(head()[0][4:7, 1]) for f in pair)
-    assert_same(state, written_out)
+    state, written_out = pair
+    assert_same(jax.jit(second(of_q(state)))(*few_numbers()), expected(hessian, written_out, few_numbers))
 
 
 @every_form(CAUSAL)
 def test_the_result_is_a_pytree(pair):
     state, written_out = pair
-    found, expected = (jax.tree.map(lambda x: x + 1, f(*head())) for f in (state, jax.jit(written_out)))
+    found = jax.tree.map(np.asarray, state(*head()))
     assert isinstance(found, AttentionState)
-    assert_same(found, expected)
+    assert_same(found, expected(value_and_gradients, written_out)[0])
 
 
 @every_form(CAUSAL, KERNEL)
 def test_operations_one_by_one(pair):
     state, written_out = pair
     with jax.disable_jit():
-        found = state(*head()), jax.grad(loss_of(state), ALL)(*head())
-    assert_same(found, jax.jit(lambda *x: (written_out(*x), jax.grad(loss_of(written_out), ALL)(*x)))(*head()))
+        found = value_and_gradients(state)(*head())
+    assert_same(found, expected(value_and_gradients, written_out))
 
 
 # Several devices
@@ -230,49 +264,42 @@ def mesh_of(devices, kind=AxisType.Auto):
     return jax.make_mesh((devices,), ("x",), axis_types=(kind,), devices=jax.devices()[:devices])
 
 
-def four(operands):
-    return tuple(as_array(np.concatenate([x, x[:1]])) for x in map(np.asarray, operands))
-
-
 @every_form(CAUSAL, KERNEL)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_tensors_that_all_devices_share(pair, check_vma):
     """Each device has different queries; keys, values, the bias and the scale are the same."""
     one, every = PartitionSpec("x"), PartitionSpec()
     specs = one, every, every, every, every
-    q, *others = four(heads())
-    operands = q, *(as_array(np.asarray(x)[0]) for x in others)
     shared = functools.partial(jax.shard_map, mesh=mesh_of(4), in_specs=specs)
 
     def on_devices(f):
-        def outside(*operands):
-            return loss_of(shared(grouped(f), out_specs=one, check_vma=check_vma))(*operands)
-
-        found = jax.grad(outside, ALL)(*operands)
-        if check_vma:
-            # Inside, the gradient of shared arrays is the sum over devices as well.
-            inside = shared(jax.grad(lambda *x: jnp.sum(grouped(f)(*x).out), ALL), out_specs=specs)
-            return found, inside(*operands)
-        return found
-
-    def on_one(f):
-        found = jax.grad(loss_of(grouped(f)), ALL)(*operands)
-        return (found, jax.grad(lambda *x: jnp.sum(grouped(f)(*x).out), ALL)(*operands)) if check_vma else found
+        outside = jax.grad(loss_of(shared(grouped(f), out_specs=one, check_vma=check_vma)), ALL)
+        if not check_vma:
+            return outside
+        # Inside, the gradient of shared arrays is the sum over devices as well.
+        inside = shared(jax.grad(lambda *x: jnp.sum(grouped(f)(*x).out), ALL), out_specs=specs)
+        return lambda *x: (outside(*x), inside(*x))
 
     state, written_out = pair
-    assert_same(jax.jit(lambda: on_devices(state))(), jax.jit(lambda: on_one(written_out))())
+    on_one = expected(gradients_on_one_device, written_out, four_queries)
+    assert_same(jax.jit(on_devices(state))(*four_queries()), on_one if check_vma else on_one[0])
+
+
+def gradients_on_one_device(f):
+    losses = loss_of(grouped(f)), lambda *x: jnp.sum(grouped(f)(*x).out)
+    return lambda *x: tuple(jax.grad(loss, ALL)(*x) for loss in losses)
 
 
 @every_form(CAUSAL)
 @pytest.mark.parametrize("axis", [0, 1], ids=["heads", "tokens"])
 def test_programs_that_are_partitioned_automatically(pair, axis):
     mesh = mesh_of(2)
-    operands = four(heads())
     spec = PartitionSpec(*[None] * axis, "x")
-    specs = [spec if x.ndim > axis else PartitionSpec() for x in operands]
-    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
-    state, written_out = (jax.grad(loss_of(jax.vmap(f)), ALL) for f in pair)
-    assert_same(jax.jit(state)(*placed), jax.jit(written_out)(*operands))
+    specs = [spec if x.ndim > axis else PartitionSpec() for x in four_heads()]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(four_heads(), specs, strict=True)]
+    state, written_out = pair
+    transform = MANY_HEADS["grad of vmap"]
+    assert_same(jax.jit(transform(state))(*placed), expected(transform, written_out, four_heads))
 
 
 # Pallas cannot interpret a kernel on such a mesh, and JAX cannot map a condition whose branches have constants, as
@@ -283,12 +310,15 @@ EXPLICIT = [case(form, is_fast=form == CAUSAL) for form in FORMS if form[0] in (
 @pytest.mark.parametrize("pair", EXPLICIT, indirect=True)
 def test_heads_on_a_mesh_with_explicit_axes(pair):
     mesh = mesh_of(2, AxisType.Explicit)
-    operands = four(heads())
     state, written_out = pair
+
+    def gradients(f):
+        return jax.grad(lambda *x: jnp.sum(jax.vmap(f)(*x).out ** 2), ALL)
+
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("x"))) for x in operands]
-        out = jax.jit(jax.vmap(state))(*placed).out
-        assert jax.typeof(out).sharding.spec[0] == "x"
-        found = jax.jit(jax.grad(lambda *x: jnp.sum(jax.vmap(state)(*x).out ** 2), ALL))(*placed)
-    expected = jax.jit(jax.grad(lambda *x: jnp.sum(jax.vmap(written_out)(*x).out ** 2), ALL))(*operands)
-    assert_same(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
+        placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("x"))) for x in four_heads()]
+        out = jax.eval_shape(jax.vmap(state), *placed).out
+        assert out.sharding.spec[0] == "x"
+        found = jax.jit(gradients(state))(*placed)
+    reference = jax.jit(gradients(written_out))(*four_heads())
+    assert_same(*(jax.tree.map(np.asarray, x) for x in (found, reference)))

@@ -5,6 +5,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -16,24 +17,32 @@ from approx_attention.realization import (
     one_dimensional_order,
     realizable_in_one_dimension,
 )
+from approx_attention.realization.constructions import Search, draw_until_accepted
 from approx_attention.realization.dimension import log_t_tail
-from tests.realization.test_realization import KEY, N, realize
+from tests.realization.test_realization import KEY, N
 
 
-def failures(method, d, num_tokens, num_keys, num_draws):
+def failures(method, d, num_tokens, num_keys, num_draws, width):
+    """The share of draws that are not accepted with the first ``d`` of ``width`` channels."""
+    keys = jax.random.split(jax.random.key(11), num_draws)
+    return 1 - np.mean(np.asarray(accepted(keys, d, method, num_tokens, num_keys, width)))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def accepted(keys, d, method, num_tokens, num_keys, width):
     def draw(key):
         key_pattern, key_draw = jax.random.split(key)
         pattern = SparsePattern.random(key_pattern, num_tokens, num_keys)
-        return realize(pattern, d=d, method=method, max_draws=1, key=key_draw).certificate.ok
+        search = Search(method, width, jnp.dtype(jnp.float32))
+        return draw_until_accepted(pattern, (0.1, 0.1, math.inf), None, d, key_draw, search=search).certificate.ok
 
-    ok = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=50))(jax.random.split(jax.random.key(11), num_draws))
-    return 1 - np.mean(ok)
+    return jax.lax.map(draw, keys, batch_size=50)
 
 
 @pytest.mark.parametrize(("d", "measured"), [(35, 0.32), (40, 0.13), (50, 0.023)])
 def test_least_squares_fail_as_often_as_the_bound_says(d, measured):
     bound = failure_bound(64, 2, d)
-    rate = failures("ls", d, 64, 2, 300)
+    rate = failures("ls", d, 64, 2, 300, width=50)
     assert rate <= bound + 3 * math.sqrt(bound * (1 - bound) / 300)
     # The bound is not loose: at least half of it is reached.
     assert rate >= 0.5 * bound - 3 * math.sqrt(bound * (1 - bound) / 300)
@@ -98,7 +107,7 @@ def test_bounds_of_projections_by_their_definitions():
 def test_the_bound_of_johnson_and_lindenstrauss_is_enough():
     d = dimension_bound(N, 1, 0.5, 0.0, kind="johnson_lindenstrauss").dim
     assert d > 100
-    assert failures("projection", d, N, 1, 20) == 0
+    assert failures("projection", d, N, 1, 20, width=d) == 0
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from approx_attention import (
 from approx_attention.core import TrigonometricFeatures, averaging_matrix, gaussian_projection
 from approx_attention.core import subtract as take_away
 from approx_attention.sparse import BlockMap
-from tests.methods.test_sparse import LENGTH, PATTERNS, blocks_of, every_pattern, support
+from tests.methods.test_sparse import LENGTH, PATTERNS, blocks_of, every_pattern, padded, support
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
 
 
@@ -83,13 +83,16 @@ def test_moments_of_the_blocks_that_are_not_seen(share):
         np.testing.assert_allclose(state.lse, lse, atol=5e-6)
 
 
+# One program for all patterns.
+less_the_support = jax.jit(functools.partial(sparse_plus_summary, summarize=FEATURES, return_state=True))
+
+
 @every_pattern
 def test_moments_less_what_they_make_of_the_support(kind):
     pattern = PATTERNS[kind]()
     q, k, v = random_head(21, LENGTH, LENGTH, spread=0.5)
     kv_mask = np.arange(LENGTH) % 6 != 2
-    function = functools.partial(sparse_plus_summary, pattern=pattern, summarize=FEATURES, return_state=True)
-    state = jax.jit(function)(q, k, v, kv_mask=kv_mask)
+    state = less_the_support(q, k, v, kv_mask=kv_mask, pattern=padded(pattern, LENGTH))
     out, lse = mixed_matrix(q, k, v, support(pattern), np.broadcast_to(kv_mask, (LENGTH, LENGTH)))
     np.testing.assert_allclose(state.out, out, atol=5e-5)
     np.testing.assert_allclose(state.lse, lse, atol=5e-5)
@@ -212,8 +215,9 @@ def test_signed_masses_and_means_of_blocks():
 def test_a_summary_whose_part_cannot_be_left_out_is_an_error():
     q, k, v = random_head(25, 16, 16)
     pattern = BlockMap.banded(1, 1, block_size=4, num_queries=16, num_keys=16)
+    function = functools.partial(sparse_plus_summary, pattern=pattern, summarize=summarize_priority)
     with pytest.raises(NotImplementedError, match="supports FeatureMoments and WeightedKV only, got LiftedKV"):
-        sparse_plus_summary(q, k, v, jax.random.key(0), pattern=pattern, summarize=summarize_priority)
+        jax.eval_shape(function, q, k, v, jax.random.key(0))
 
 
 def test_a_later_token_changes_no_earlier_answer_of_support_and_summary():
@@ -269,10 +273,14 @@ def test_what_is_not_there_has_no_derivative(whole, part):
 def test_what_support_and_summary_refuses():
     q, k, v = random_head(26, 8, 8)
     pattern = SparsePattern.banded(8, [0])
-    with pytest.raises(NotImplementedError, match="supports FeatureMoments only, got WeightedKV"):
-        sparse_plus_summary(q, k, v, pattern=pattern, summarize=summarize_exact)
-    with pytest.raises(ValueError, match="block_size must be at least 1"):
-        sparse_plus_summary(q, k, v, pattern=pattern, summarize=FEATURES, block_size=0, is_causal=True)
     blocks = BlockMap.from_blocks(~np.eye(2, dtype=bool), block_size=4, num_queries=8, num_keys=8)
+
+    def answer(**options):
+        return jax.eval_shape(functools.partial(sparse_plus_summary, **options), q, k, v)
+
+    with pytest.raises(NotImplementedError, match="supports FeatureMoments only, got WeightedKV"):
+        answer(pattern=pattern, summarize=summarize_exact)
+    with pytest.raises(ValueError, match="block_size must be at least 1"):
+        answer(pattern=pattern, summarize=FEATURES, block_size=0, is_causal=True)
     with pytest.raises(ValueError, match="every block must visit itself"):
-        sparse_plus_summary(q, k, v, pattern=blocks, summarize=FEATURES, is_causal=True)
+        answer(pattern=blocks, summarize=FEATURES, is_causal=True)
