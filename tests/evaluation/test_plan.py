@@ -510,3 +510,19 @@ def test_help(capsys):
     assert run("plan", "--help") == 0
     assert "--max-milliseconds" in capsys.readouterr().out
     assert cli.plan.params[0].name == "file"
+
+
+def test_a_part_is_kept_before_the_next_method_is_named():
+    events = []
+    plan(
+        Tensors(*random_heads(0, 1, 64, 64, 8, 8)),
+        tolerance=0.1,
+        methods=[],
+        on_progress=lambda label, done, total: events.append(label),
+        on_part=lambda made: events.append({candidate.method for candidate in made.candidates}),
+    )
+    named = [i for i, event in enumerate(events) if isinstance(event, str) and event in METHODS]
+    assert len(named) > 2
+    for before, i in itertools.pairwise(named):
+        assert i == before + 2
+        assert events[before] in events[i - 1]
