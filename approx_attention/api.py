@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import get_abstract_mesh, use_abstract_mesh
 from jaxtyping import Bool, Float, Integer
 
 from approx_attention.core import (
@@ -165,7 +166,10 @@ def attention(
         operands = Operands((query, key, value), sliced, dense, of_heads, arrays)
         # The derivative rule of the in-place form uses forward mode. It would miss arrays that a user's function closes
         # over and that have derivatives.
-        result = over_heads(bound.function, static, operands, in_place=registered is not None)
+        # JAX keys its caches of traces by the mesh in context, and calls rules of derivatives in an empty mesh where
+        # there is none. In the same mesh for all, a gradient traces the function of a head once instead of twice.
+        with use_abstract_mesh(get_abstract_mesh()):
+            result = over_heads(bound.function, static, operands, in_place=registered is not None)
 
     result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
     out, residual = (result.out.astype(value.dtype), result.lse) if return_residual else (result, None)

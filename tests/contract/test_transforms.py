@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from approx_attention import METHODS, attention
+from approx_attention import METHODS, api, attention
 from approx_attention.core import over_heads
 from tests.cases import call, call_heads, case_of, lifted, lifted_both_directions, lifted_one_direction, settings
 from tests.references import compiled, random_head, random_heads
@@ -90,6 +90,25 @@ def test_one_compilation_per_shape(name, is_causal):
         for length in (9, 10):
             call_eagerly(seed, length)
     assert over_heads._cache_size() == known >= 2
+
+
+def test_a_gradient_traces_a_head_once(monkeypatch):
+    traces = []
+
+    def counted(function, *arguments, **options):
+        def of_one_head(*tokens, **options):
+            traces.append(tokens)
+            return function(*tokens, **options)
+
+        return over_heads(of_one_head, *arguments, **options)
+
+    monkeypatch.setattr(api, "over_heads", counted)
+
+    def total(*tensors):
+        return attention(*tensors, method="mean_value").sum()
+
+    jax.eval_shape(jax.grad(total, (0, 1, 2)), *random_heads(0, 2, 8, 8, 2, 2))
+    assert len(traces) == 1
 
 
 # devices and export
