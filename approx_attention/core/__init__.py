@@ -61,7 +61,7 @@ from approx_attention.core.checks import (
     zero_padding,
 )
 from approx_attention.core.choices import keeping_choices, kept
-from approx_attention.core.control_variates import control_variate_state, noise_deviation
+from approx_attention.core.control_variates import control_variate_state, noise_deviation, proposal_noise
 from approx_attention.core.features import (
     CosineFeatures,
     FeatureMap,
@@ -77,7 +77,7 @@ from approx_attention.core.features import (
 )
 from approx_attention.core.heads import Operands, by_kv_head, each, from_kv_head, hashable, over_heads, split_arrays
 from approx_attention.core.layout import broadcast, check_layout, split_mask, within
-from approx_attention.core.moments import running_moments
+from approx_attention.core.moments import running_kernel_moments, running_moments
 from approx_attention.core.nonnegative import nonnegative_least_squares
 from approx_attention.core.outputs import OutputOrState, output_or_state
 from approx_attention.core.padding import (
@@ -296,6 +296,7 @@ __all__ = [
     "pad_rows",
     "paired_means",
     "placed_queries",
+    "proposal_noise",
     "quantize",
     "quantized_bytes",
     "query_mask",
@@ -306,6 +307,7 @@ __all__ = [
     "require_same_kind",
     "require_scaled_space",
     "root",
+    "running_kernel_moments",
     "running_moments",
     "scaled_queries",
     "scan_blocks",

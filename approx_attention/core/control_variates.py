@@ -1,6 +1,6 @@
 """Control variates: random features, EVA and softmax attention as one estimator."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.core.checks import check_choice
+from approx_attention.core.padding import draw_of_size
 from approx_attention.core.reading import attend
 from approx_attention.core.summaries import FeatureMoments
 from approx_attention.kernels import AttentionState, finite_peak, merge
@@ -89,3 +90,35 @@ def noise_deviation(noise_scale: Literal["exact", "official"], head_dim: int) ->
     """
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     return head_dim**-0.25 if noise_scale == "official" else 1.0
+
+
+def proposal_noise(
+    given: Float[Array, "R C D"] | None,
+    key: Array | None,
+    num_samples: int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    num_used: Array | None,
+) -> Float[Array, "R C D"]:
+    """Standard normal noise of R samples from each of C proposals, for `lara` and `eva`.
+
+    Args:
+        given: noise that replaces the sampled one.
+        key: typed PRNG key; None for no noise, zeros.
+        num_samples: the number R of samples, unless noise is given.
+        shape: C and D.
+        dtype: dtype of the noise.
+        num_used: the number of proposals with real tokens, None for all. Sampled noise of these equals that of a
+            sequence without padding.
+
+    Raises:
+        ValueError: given noise of another shape than ``[R, C, D]``.
+    """
+    if given is not None:
+        if given.ndim != 3 or given.shape[1:] != shape:
+            raise ValueError(f"noise must be [R, C, D] with C, D = {list(shape)}, got shape {given.shape}")
+        return given.astype(dtype)
+    if key is None:
+        return jnp.zeros((num_samples, *shape), dtype)
+    noise = jax.random.normal(key, (num_samples, *shape), dtype)
+    return noise if num_used is None else draw_of_size(noise, num_used)

@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from approx_attention.core.causal import RunningSummary
 from approx_attention.core.features import FeatureMap
+from approx_attention.core.softmax import kernel_state
 from approx_attention.core.summaries import FeatureMoments
 from approx_attention.kernels import even_split, finite_peak, merge, out_of_blocks, pad_rows, sums_so_far
 
@@ -68,6 +69,28 @@ def running_moments(features: FeatureMap) -> RunningSummary:
         read=read,
         append_all=append_all,
     )
+
+
+def running_kernel_moments(features: FeatureMap) -> RunningSummary:
+    """Make a `running_moments` of a kernel other than that of softmax.
+
+    Nearby tokens have the same kernel: its sums cannot be added to those of softmax.
+
+    Args:
+        features: the feature map, whose inner products are nonnegative.
+
+    Returns:
+        The `RunningSummary` whose summary is a `FeatureMoments`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.core import ReLUFeatures, running_kernel_moments
+        >>> running = running_kernel_moments(ReLUFeatures(jnp.eye(2), offset=0.0))
+        >>> q, k, bias = jnp.ones((1, 2)), jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.zeros((1, 2))
+        >>> running.near(q, k, jnp.eye(2), bias).out.tolist()  # kernels 1 and 3
+        [[0.25, 0.75]]
+    """
+    return running_moments(features)._replace(near=lambda q, k, v, bias: kernel_state(features, q, k, v, bias))
 
 
 def _moments_so_far(parts: FeatureMoments) -> FeatureMoments:

@@ -20,12 +20,11 @@ from approx_attention.core import (
     check_rows,
     count_real,
     head_inputs,
-    kernel_state,
     output_or_state,
     placed_queries,
     query_mask,
     ranks,
-    running_moments,
+    running_kernel_moments,
 )
 
 
@@ -118,10 +117,7 @@ def running_cosformer(head_dim: int) -> RunningSummary:
     Reference:
         :cite:p:`qin2022cosformer`.
     """
-    features = CosineFeatures(check_count("head_dim", head_dim))
-    # Nearby tokens use the same kernel: its sums cannot be added to those of softmax.
-    near = lambda q, k, v, bias: kernel_state(features, q, k, v, bias)  # noqa: E731
-    return running_moments(features)._replace(near=near)
+    return running_kernel_moments(CosineFeatures(check_count("head_dim", head_dim)))
 
 
 def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int = 0) -> Float[Array, "N C"]:

@@ -21,9 +21,9 @@ from approx_attention.core import (
     check_projection,
     check_proposal,
     check_tokens,
-    kernel_state,
     orthogonal_projection,
     output_or_state,
+    running_kernel_moments,
     running_moments,
     state_by_summary,
 )
@@ -183,11 +183,7 @@ def running_favor(
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection, proposal)
-    running = running_moments(feature_map)
-    if features != "relu":
-        return running
-    # Nearby tokens use the same kernel: weights of softmax and of another kernel cannot be added.
-    return running._replace(near=lambda q, k, v, bias: kernel_state(feature_map, q, k, v, bias))
+    return running_kernel_moments(feature_map) if features == "relu" else running_moments(feature_map)
 
 
 def draw_favor(

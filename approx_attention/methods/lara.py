@@ -24,13 +24,13 @@ from approx_attention.core import (
     check_floats,
     check_key,
     check_number,
-    draw_of_size,
     head_inputs,
     landmark_means,
     map_rows,
     noise_deviation,
     output_or_state,
     paired_means,
+    proposal_noise,
     query_mask,
     squared_norm,
 )
@@ -137,7 +137,9 @@ def lara(
             query_landmarks = landmark_means(q, mu.shape[0], q_mask, spatial_shape)
         q_bar = _like_proposals(mu if query_landmarks is None else query_landmarks, mu)
 
-    epsilon = deviation * _noise(key, num_samples, noise, mu, present)
+    key = None if key is None or noise is not None else check_key("lara", key)
+    num_present = None if present is None else jnp.sum(present, dtype=jnp.int32)
+    epsilon = deviation * proposal_noise(noise, key, num_samples, mu.shape, mu.dtype, num_present)
     if antithetic:
         epsilon = jnp.concatenate([epsilon, -epsilon])
     samples = _Samples.of(mu, epsilon, present)
@@ -178,20 +180,6 @@ def _like_proposals(q_bar: Array, mu: Array) -> Array:
             f"got shape {q_bar.shape}"
         )
     return q_bar.astype(mu.dtype)
-
-
-def _noise(key: Array | None, num_samples: int, noise: Array | None, mu: Array, present: Array | None) -> Array:
-    """Standard normal noise ``[R, C, D]``, zeros without a key."""
-    if noise is not None:
-        if noise.ndim != 3 or noise.shape[1:] != mu.shape:
-            raise ValueError(f"noise must be [R, C, D] with C, D = {list(mu.shape)}, got shape {noise.shape}")
-        return noise.astype(mu.dtype)
-    shape = (num_samples, *mu.shape)
-    if key is None:
-        return jnp.zeros(shape, mu.dtype)
-    noise = jax.random.normal(check_key("lara", key), shape, mu.dtype)
-    # Equal to the noise of a sequence without padding, so that padding changes nothing.
-    return noise if present is None else draw_of_size(noise, jnp.sum(present, dtype=jnp.int32))
 
 
 class _Samples(NamedTuple):

@@ -14,8 +14,7 @@ from approx_attention.core import (
     accumulation_dtype,
     check_counts,
     check_flag,
-    kernel_state,
-    running_moments,
+    running_kernel_moments,
     state_by_summary,
 )
 from approx_attention.nnx.learned import LearnedAttention
@@ -71,10 +70,7 @@ class Hedgehog(LearnedAttention):
         # In half precision a small step of training would not change a map near the identity.
         dtype, wide = v.dtype, accumulation_dtype(q, k, v)
         q, k, v = (x.astype(wide) for x in (q, k, v))
-        # Nearby tokens use the same kernel: its weights and those of softmax cannot be added.
-        running = running_moments(features)._replace(
-            near=lambda q, k, v, bias: kernel_state(features, q, k, v, bias)
-        )  # fmt: skip
+        running = running_kernel_moments(features)
         return state_by_summary(
             q @ own[0].astype(q.dtype).T,
             k @ own[1].astype(k.dtype).T,

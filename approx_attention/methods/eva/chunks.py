@@ -17,11 +17,11 @@ from approx_attention.core import (
     check_key,
     control_variate_state,
     dense_state,
-    draw_of_size,
     mask_bias,
     merge,
     noise_deviation,
     pad_rows,
+    proposal_noise,
     real_keys,
     segment_means,
     segments_of,
@@ -66,6 +66,12 @@ class Recipe(NamedTuple):
         mean = None if isinstance(self.proposal_mean, str) else self.proposal_mean
         return {"chunk_keys": self.chunk_keys, "noise": self.noise, "proposal_mean": mean}
 
+    def key_of(self, level: int) -> Array | None:
+        """The PRNG key of the noise of a level of chunks; None where no noise is sampled."""
+        if self.key is None or self.noise is not None:
+            return None
+        return jax.random.fold_in(check_key("eva", self.key), level)
+
 
 class Chunks(NamedTuple):
     r"""The synthetic tokens of C chunks.
@@ -91,7 +97,8 @@ def summarize_chunks(tokens: Tokens, parts: Parts, recipe: Recipe, level: int = 
     k, v, inside = (segments.gather(x) for x in members)
     log_count = mask_bias(inside, dtype)
     mu = _proposal_means(tokens, segments, recipe)
-    w = mu[None] + noise_deviation(recipe.noise_scale, head_dim) * _noise(recipe, shape, dtype, level, parts.used)
+    noise = proposal_noise(recipe.noise, recipe.key_of(level), recipe.num_samples, shape, dtype, parts.used)
+    w = mu[None] + noise_deviation(recipe.noise_scale, head_dim) * noise
     if recipe.chunk_keys is None:
         keys = pooled_keys(k, log_count, recipe.pooling_vectors)
     elif recipe.chunk_keys.shape == shape:
@@ -150,19 +157,6 @@ def query_means(tokens: Tokens, segments: Segments, is_causal: bool) -> Array:
         return segment_means(pad_rows(q[:num_keys], more), segments, asked)
     # Queries of another sequence belong to no chunk.
     return jnp.broadcast_to(segment_means(q, segments_of(num_queries, 1), q_mask), (len(segments.member), q.shape[1]))
-
-
-def _noise(recipe: Recipe, shape: tuple[int, int], dtype: jnp.dtype, level: int, used: Array | None) -> Array:
-    """Standard normal noise ``[R, C, D]``, zeros without a key."""
-    if recipe.noise is not None:
-        if recipe.noise.ndim != 3 or recipe.noise.shape[1:] != shape:
-            raise ValueError(f"noise must be [R, C, D] with C, D = {list(shape)}, got shape {recipe.noise.shape}")
-        return recipe.noise.astype(dtype)
-    if recipe.key is None:
-        return jnp.zeros((recipe.num_samples, *shape), dtype)
-    key = jax.random.fold_in(check_key("eva", recipe.key), level)
-    noise = jax.random.normal(key, (recipe.num_samples, *shape), dtype)
-    return noise if used is None else draw_of_size(noise, used)
 
 
 def pooled_keys(k: Array, log_count: Array, pooling_vectors: PoolingVectors | None) -> Array:
