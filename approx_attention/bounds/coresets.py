@@ -203,9 +203,9 @@ def coreset_size_bound(
 
     Reference:
         :cite:p:`liberty2026nearly`, abstract; :cite:p:`han2025balancekv`, theorems 3.1 and 3.2;
-        :cite:p:`zandieh2024subgen`; "Thinformer" with :cite:p:`express2026`; :cite:p:`karnin2019discrepancy`
-        and :cite:p:`phillips2020near` for kernels; uniform sampling by its second moment;
-        :cite:p:`banaszczyk1998balancing`, and :cite:p:`bansal2018gram`, for the optimal coreset.
+        :cite:p:`zandieh2024subgen`; :cite:p:`carrell2025thinning` and :cite:p:`express2026` for Thinformer;
+        :cite:p:`karnin2019discrepancy` and :cite:p:`phillips2020near` for kernels; uniform sampling by its second
+        moment; :cite:p:`banaszczyk1998balancing`, and :cite:p:`bansal2018gram`, for the optimal coreset.
     """
     check_choice("result", result, get_args(SizeResult))
     head_dim = check_count("head_dim", head_dim, most=None)

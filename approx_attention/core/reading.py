@@ -32,7 +32,8 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
     Args:
         q: queries ``[T, D]`` in the space of the summary: scaled by `fold_scale` for functions ``summarize_*``, which
             take scaled keys; unscaled if the summary carries its scale, like that of `compress_tokens`.
-        summary: a `WeightedKV`, `QuantizedKV` or `FeatureMoments`.
+        summary: a `WeightedKV`, `QuantizedKV` or `FeatureMoments`, or tokens from which each query chooses
+            (`sparse.LiftedKV`).
         logits_soft_cap: cap of the logits as in `kernels.state`; only for tokens without signed masses.
 
     Returns:
@@ -52,7 +53,9 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
         (3.0, 3.0)
     """
     if not isinstance(summary, WeightedKV | QuantizedKV | FeatureMoments | ChosenTokens):
-        raise TypeError(f"attend needs a WeightedKV, QuantizedKV or FeatureMoments, got {type(summary).__name__}")
+        raise TypeError(
+            f"attend needs a WeightedKV, QuantizedKV, LiftedKV or FeatureMoments, got {type(summary).__name__}"
+        )
     check_rows("q", q, "[T, D]")
     head_dim = _head_dim(summary)
     if head_dim is not None and q.shape[1] != head_dim:

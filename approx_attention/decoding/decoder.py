@@ -264,6 +264,14 @@ class HeadsDecoder:
     Token by token, or many at a time, it gives the outputs of ``attention(..., method=method, is_causal=True)`` on the
     whole sequence with the same ``rng``. Its functions can be jitted with the cache donated.
 
+    With ``certify`` each step of one token attends to the clusters and the recent tokens, as without, and computes the
+    error bound `bounds.merge_bound_at` for the queries of each key head. If the bound of a head exceeds the tolerance,
+    that head attends exactly to all tokens. Such heads run one after the other. A call with several tokens is always
+    exact, and does not count as a step. ``cache.heads.certificate`` contains the number of steps, the number of exact
+    ones, and the largest bound of the others (`decoding.Certificate`). This saves memory traffic, not memory. The bound
+    is useful if logits vary little within a cluster; see "What the theorems say at your norms" in the guide. Tokens in
+    host memory are not supported: JAX cannot read a part of a host array under a condition.
+
     Args:
         method: a name in `METHODS` with ``decode``, or a bound method. For heads with different methods use
             `decoding.MixedDecoder`.
@@ -282,14 +290,6 @@ class HeadsDecoder:
             clusters.
         cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``, as in `Decoder`.
         **hyperparameters: hyper-parameters of the method.
-
-    With ``certify`` each step of one token attends to the clusters and the recent tokens, as without, and computes the
-    error bound `bounds.merge_bound_at` for the queries of each key head. If the bound of a head exceeds the tolerance,
-    that head attends exactly to all tokens. Such heads run one after the other. A call with several tokens is always
-    exact, and does not count as a step. ``cache.heads.certificate`` contains the number of steps, the number of exact
-    ones, and the largest bound of the others (`decoding.Certificate`). This saves memory traffic, not memory. The bound
-    is useful if logits vary little within a cluster; see "What the theorems say at your norms" in the guide. Tokens in
-    host memory are not supported: JAX cannot read a part of a host array under a condition.
 
     Raises:
         NotImplementedError: the method has no running summary, none with an error bound for ``certify``, or does not

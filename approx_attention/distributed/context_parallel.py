@@ -96,7 +96,8 @@ def attention(
         ValueError: shapes do not match, the method or a mesh axis is unknown, an axis does not divide the sequences or
             the key heads, a random method has no ``rng``, a window is longer than a device's part, or a size is below
             the number of devices.
-        TypeError: a dtype is wrong, or the method has no such argument, or it is neither hashable nor contains arrays.
+        TypeError: a dtype is wrong, the method has no such argument, or an argument is neither hashable nor contains
+            arrays.
         NotImplementedError: the method has no summary of all keys, or no causal one, or the summary does not support an
             option.
 
@@ -402,6 +403,7 @@ class _Summaries(_Form):
     def space(self, x: Array) -> Array:
         if self.method.registered is None or self.method.registered.running is None:
             return x
+        # The space of a summary does not depend on its random numbers, so any key will do.
         running = self.method.running(self.head_dim, jax.random.key(0))
         return running.space(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 

@@ -37,7 +37,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *
     """
     table = plain_table(
         title,
-        "error: relative Frobenius norm, mean ± standard deviation over seeds · worst row: relative to the mean row "
+        "error: relative Frobenius norm, mean ± standard deviation over seeds · worst row: relative to the rms row "
         "norm · normaliser: rms error of its log · "
         f"far: relative error of the part of the sums beyond a window of {window_size} (1 = none of it recovered) · "
         "cache: bytes per key head and sequence · than exact: relative to its fastest form · "

@@ -57,12 +57,13 @@ def merge(a: Any, b: Any) -> Any:
     .. math:: \mathrm{lse}_{ab} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
               \mathrm{out}_{ab} = w_a\, \mathrm{out}_a + w_b\, \mathrm{out}_b.
 
-    Tokens (`WeightedKV`) are concatenated and moments (`FeatureMoments`) added, so that ``attend(q, merge(a, b))``
-    equals ``merge(attend(q, a), attend(q, b))``. Merging is associative and commutative up to rounding (for tokens, up
-    to order). The identity is the empty state or the empty summary.
+    Tokens (`WeightedKV`, `QuantizedKV`, `sparse.LiftedKV`, `coresets.Clusters`) are concatenated and moments
+    (`FeatureMoments`) added, so that ``attend(q, merge(a, b))`` equals ``merge(attend(q, a), attend(q, b))``. Merging
+    is associative and commutative up to rounding (for tokens, up to order). The identity is the empty state or the
+    empty summary.
 
     Args:
-        a: an `AttentionState`, `WeightedKV` or `FeatureMoments`.
+        a: an `AttentionState`, or one of these summaries.
         b: another of the same kind.
 
     Returns:

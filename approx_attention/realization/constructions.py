@@ -116,7 +116,7 @@ def realize_sparse_pattern(
         eps1: largest ratio of a zero to a nonzero of its row, in (0, 1).
         eps2: largest error of the ratio of two nonzeros, at least 0 (with rounding, 0 is possible for one key per row).
         d: the number of channels of queries and keys; X has twice as many.
-        key: typed PRNG key; not needed by the last two methods.
+        key: typed PRNG key; not needed by ``"trigonometric"`` and ``"dense"``.
         method: one of the methods above.
         tau: the factor :math:`\tau`; by default the smallest that gives ``eps1`` for the sample.
         is_causal: key j is visible to query i only if j <= i.
