@@ -164,11 +164,11 @@ def attention(
     if result is None:
         static, arrays = split_arrays(bound.name, {**given, **options})
         operands = Operands((query, key, value), sliced, dense, of_heads, arrays)
-        # The derivative rule of the in-place form uses forward mode. It would miss arrays that a user's function closes
-        # over and that have derivatives.
         # JAX keys its caches of traces by the mesh in context, and calls rules of derivatives in an empty mesh where
         # there is none. In the same mesh for all, a gradient traces the function of a head once instead of twice.
         with use_abstract_mesh(get_abstract_mesh()):
+            # The derivative rule of the in-place form uses forward mode. It would miss arrays that a user's function
+            # closes over and that have derivatives.
             result = over_heads(bound.function, static, operands, in_place=registered is not None)
 
     result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)

@@ -104,7 +104,7 @@ def proposal_noise(
 
     Args:
         given: noise that replaces the sampled one.
-        key: typed PRNG key; None for no noise, zeros.
+        key: typed PRNG key; None for zeros.
         num_samples: the number R of samples, unless noise is given.
         shape: C and D.
         dtype: dtype of the noise.
@@ -113,6 +113,12 @@ def proposal_noise(
 
     Raises:
         ValueError: given noise of another shape than ``[R, C, D]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.core import proposal_noise
+        >>> proposal_noise(None, None, 2, (3, 4), jnp.float32, None).shape
+        (2, 3, 4)
     """
     if given is not None:
         if given.ndim != 3 or given.shape[1:] != shape:

@@ -72,9 +72,9 @@ def running_moments(features: FeatureMap) -> RunningSummary:
 
 
 def running_kernel_moments(features: FeatureMap) -> RunningSummary:
-    """Make a `running_moments` of a kernel other than that of softmax.
+    """Make a running summary for a kernel other than that of softmax.
 
-    Nearby tokens have the same kernel: its sums cannot be added to those of softmax.
+    Nearby tokens are weighted by the same kernel, because its sums cannot be added to those of softmax.
 
     Args:
         features: the feature map, whose inner products are nonnegative.
